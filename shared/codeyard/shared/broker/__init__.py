@@ -1,0 +1,1 @@
+"""Durable queues: the port and its two adapters. Opened by shared.connect."""

@@ -1,0 +1,33 @@
+"""From a URL to an adapter: the one place that knows which adapters there are.
+
+Adapter libraries are imported only when their URL is used.
+"""
+
+from codeyard.shared.broker.port import Broker
+from codeyard.shared.settings import BrokerSettings, StoreSettings
+from codeyard.shared.store.port import Store
+from codeyard.shared.topology import Topology
+
+
+async def open_broker(settings: BrokerSettings, topology: Topology) -> Broker:
+    """Connect. Raises BrokerUnavailable if there is no server within `publish_timeout_s`, SettingsError
+    if the embedded file cannot be used."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.broker.sqlite import SqliteBroker
+
+        return await SqliteBroker.open(settings, topology)
+    from codeyard.shared.broker.rabbitmq import RabbitBroker
+
+    return await RabbitBroker.open(settings, topology)
+
+
+async def open_store(settings: StoreSettings, topology: Topology) -> Store:
+    """Connect. Raises StoreUnavailable if there is no server within `timeout_s`, SettingsError if the
+    embedded file cannot be used."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.store.sqlite import SqliteStore
+
+        return await SqliteStore.open(settings, topology)
+    from codeyard.shared.store.redis import RedisStore
+
+    return await RedisStore.open(settings, topology)

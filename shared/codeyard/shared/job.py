@@ -1,0 +1,150 @@
+"""The job: what a producer asks for, as it crosses the wire.
+
+Promise: whatever `Job.decode` returns is valid; whatever it was given, it raises only
+`MalformedMessage`. Called by: clients and gateway (build, encode), worker (decode).
+The format is documented for other languages in docs/wire-contract.md.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+import uuid
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from codeyard.shared.errors import InvalidJob, JobTooLarge, MalformedMessage
+
+WIRE_VERSION = 1
+MESSAGE_TYPE = "codeyard.job.v1"
+MAX_JOB_BYTES = 1_048_576  # encoded; RabbitMQ 4 refuses messages over 16 MiB, Redis and SQLite hold the body too
+MAX_METADATA_BYTES = 8_192
+DEFAULT_TIMEOUT_S = 86_400.0
+MAX_TIMEOUT_S = 604_800.0
+
+JobId = str
+"""A request id: UUIDv5 of (tenant, key), or a UUIDv7 where the caller gave no key."""
+
+_KEY_NAMESPACE = uuid.UUID("6f0ad9f4-6f7f-5c39-9f0e-5d0f6f5e9a11")  # fixed for ever: ids are derived from it
+
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Lane(StrEnum):
+    """A priority class with its own durable queue; earlier members are more urgent."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BULK = "bulk"
+
+
+class Sampling(BaseModel):
+    """How to generate. `None` means the engine's default. Unknown fields are refused: they change meaning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
+
+
+class Job(BaseModel):
+    """One code-generation job. Frozen; unknown envelope fields are kept and passed on.
+
+    `prompt` is text, or token ids of the model's own vocabulary. `revision` is filled in when the
+    job is pinned at submission. `stream` asks the worker to publish tokens as they come; any job
+    can be read as a stream, one without it arrives in one piece.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    v: Literal[1] = 1
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+    tenant: Name = "default"
+    key: Name
+    model: Name
+    revision: Name
+    lane: Lane = Lane.STANDARD
+    prompt: Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
+    sampling: Sampling = Sampling()
+    stream: bool = False
+    timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] = DEFAULT_TIMEOUT_S
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _metadata_is_small(self) -> Self:
+        if len(json.dumps(self.metadata)) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata over {MAX_METADATA_BYTES} bytes")
+        return self
+
+    def digest(self) -> str:
+        """What makes two submissions "the same body": SHA-256 over canonical JSON, hex.
+
+        Covers alias, prompt and sampling, unset fields left out, and a version. Not lane, deadline,
+        stream, metadata or trace: those say how a job travels, not what it is.
+        """
+        sampling = self.sampling.model_dump(mode="json", exclude_none=True)
+        if not sampling["stop"]:
+            del sampling["stop"]
+        body = {"v": 1, "model": self.model, "prompt": self.prompt, "sampling": sampling}
+        canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self) -> bytes:
+        """UTF-8 JSON without unset optional fields. Raises JobTooLarge past MAX_JOB_BYTES."""
+        body = self.model_dump_json(exclude_none=True).encode()
+        if len(body) > MAX_JOB_BYTES:
+            raise JobTooLarge(f"the encoded job has {len(body)} bytes, the limit is {MAX_JOB_BYTES}", field="prompt")
+        return body
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Job":
+        """The job in a message body. Raises MalformedMessage for anything else, whatever it is."""
+        if len(body) > MAX_JOB_BYTES:
+            raise MalformedMessage(f"body of {len(body)} bytes, the limit is {MAX_JOB_BYTES}")
+        try:
+            return cls.model_validate_json(body)
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise MalformedMessage(f"not a {MESSAGE_TYPE} body: {_first_line(error)}") from None
+
+    @classmethod
+    def build(cls, **fields: Any) -> "Job":
+        """A job from a caller's fields. Raises InvalidJob naming the first field that is wrong."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "body"
+            raise InvalidJob(first["msg"], field=field) from None
+
+
+def job_id_for_key(tenant: str, key: str) -> JobId:
+    """The request id of a job submitted under an idempotency key: the same for ever, on every machine."""
+    return str(uuid.uuid5(_KEY_NAMESPACE, json.dumps([tenant, key], separators=(",", ":"))))
+
+
+def new_job_id() -> JobId:
+    """A UUIDv7 (RFC 9562): sorts by the time it was made, 74 random bits."""
+    unix_ms = time.time_ns() // 1_000_000
+    value = (
+        (unix_ms & 0xFFFF_FFFF_FFFF) << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62)
+    )
+    return str(uuid.UUID(int=value))
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        return f"{where}: {first['msg']}"
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

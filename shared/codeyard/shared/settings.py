@@ -1,0 +1,201 @@
+"""Every setting, with its default, unit and reason; read once, checked at start.
+
+From, strongest first: arguments of the command, environment `CODEYARD_<GROUP>_<NAME>`, the YAML file
+(`--config`, else `CODEYARD_CONFIG`, else ./codeyard.yaml if it is there), the default. Modules take
+their group as an argument and never read the environment. `load()` raises SettingsError naming the
+variable, the value (unless secret) and what was expected.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from codeyard.shared.errors import SettingsError
+from codeyard.shared.job import MAX_JOB_BYTES, Lane
+from codeyard.shared.store.port import Timing
+
+
+def default_state_dir() -> Path:
+    """Where the embedded file lives unless told otherwise (XDG base directories)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "codeyard"
+
+
+def _embedded_url() -> str:
+    return f"sqlite:///{default_state_dir() / 'yard.db'}"
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BrokerSettings(_Group):
+    url: str = Field(default_factory=_embedded_url)  # amqp(s)://user:password@host:port/vhost, or sqlite:///path
+    publish_timeout_s: PositiveFloat = 10.0  # for connection and confirm; then the publish is "unknown"
+    heartbeat_s: PositiveInt = 10  # a dead peer is noticed after about two of them
+    queue_max_length: PositiveInt = 1_000_000  # messages; a queue argument, so one value for the whole fleet
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        return _check_scheme(url, {"amqp", "amqps", "sqlite"})
+
+
+class StoreSettings(_Group):
+    url: str = Field(default_factory=_embedded_url)  # redis(s)://user:password@host:port/db, or sqlite:///path
+    timeout_s: PositiveFloat = 5.0  # for one round trip, reconnect included
+    replicas: Annotated[int, Field(ge=0)] = 0  # WAIT for this many before an ack
+    lease_s: PositiveFloat = 3.0  # a worker silent for this long has lost its jobs
+    renew_s: PositiveFloat = 1.0  # several renewals fit into a lease
+    grace_s: PositiveFloat = 2.0  # the reconciler waits this long on top
+    unpublished_s: PositiveFloat = 60.0  # reserved for longer: was never accepted
+    queue_check_s: PositiveFloat = 60.0  # first look whether a queued job's message is still there
+    longest_run_s: PositiveFloat = 3_600.0
+    retention_s: PositiveFloat = 86_400.0  # results stay this long past the job's deadline
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        return _check_scheme(url, {"redis", "rediss", "sqlite"})
+
+    def timing(self) -> Timing:
+        return Timing(
+            lease_s=self.lease_s,
+            grace_s=self.grace_s,
+            unpublished_s=self.unpublished_s,
+            queue_check_s=self.queue_check_s,
+            longest_run_s=self.longest_run_s,
+            retention_s=self.retention_s,
+        )
+
+
+class GatewaySettings(_Group):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8080  # 0: any free one, printed at start
+    max_body_bytes: PositiveInt = MAX_JOB_BYTES
+    max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
+    submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
+
+
+class WorkerSettings(_Group):
+    engine: Literal["auto", "vllm", "torch", "simulated"] = "auto"  # auto: vllm, then torch; never simulated
+    model: str = "starter"  # ALIAS, or ALIAS=DIRECTORY_OR_HUGGING_FACE_ID
+    lanes: tuple[Lane, ...] = tuple(Lane)
+    set_alias: bool = False  # point the alias at this worker's revision even if it names another one
+    look_ahead: Annotated[float, Field(ge=0, le=4)] = 0.25  # of the slots: claimed jobs kept ready
+    max_attempts: PositiveInt = 3  # runs of one job before it is dead-lettered
+    stall_s: PositiveFloat = 60.0  # no token from a running engine for this long: abort, then restart it
+    drain_s: PositiveFloat = 30.0  # SIGTERM: running jobs may finish within this
+    flush_s: PositiveFloat = 0.2  # streamed tokens are written to the store this often; the first one at once
+    settle_group: PositiveInt = 256  # results per round trip, at most
+    hand_back_s: PositiveFloat = 300.0  # look-ahead older than this goes back (RabbitMQ's ack timeout is 30 min)
+    metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # None: no metrics server
+
+
+class EngineSettings(_Group):
+    """Passed to the engine that is used; the others ignore what is not theirs."""
+
+    max_running: PositiveInt = 64  # slots (vLLM: max_num_seqs)
+    dtype: str = "auto"
+    device: str = "auto"  # torch engine: cpu, cuda, cuda:0, mps; auto takes an accelerator if there is one
+    max_model_len: PositiveInt | None = None  # tokens; None: what the model's config says
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
+    tensor_parallel_size: PositiveInt = 1
+    quantization: str | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    latency_table: Path | None = None  # simulated engine: JSON as in worker/codeyard/worker/data; None: the shipped one
+    time_scale: PositiveFloat = 1.0  # simulated engine: 0.1 is ten times faster than the table
+
+
+class AdmissionSettings(_Group):
+    """The policy's plain values: shares are relative, seconds are waits."""
+
+    shares: dict[Lane, PositiveInt] = Field(
+        default_factory=lambda: {Lane.INTERACTIVE: 8, Lane.STANDARD: 3, Lane.BULK: 1}
+    )
+    linger_s: Annotated[float, Field(ge=0, le=0.05)] = 0.02  # closed batches only, from the first job in hand
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="CODEYARD_",
+        env_nested_delimiter="_",
+        env_nested_max_split=1,
+        frozen=True,
+        extra="forbid",
+        yaml_file_encoding="utf-8",
+    )
+
+    namespace: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,40}$")] = "codeyard"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    broker: BrokerSettings = Field(default_factory=BrokerSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+    """All settings. `overrides` is nested like the YAML file, e.g. {"broker": {"url": ...}}."""
+    path = config or (Path(named) if (named := os.environ.get("CODEYARD_CONFIG")) else None)
+    if path is not None and not path.is_file():
+        raise SettingsError(f"no settings file {path}")
+    found = path or Path("codeyard.yaml")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(yaml_file=found if found.is_file() else None)
+
+    try:
+        return FromFile(**(overrides or {}))
+    except ValidationError as error:
+        raise SettingsError(_explain(error)) from None
+    except (ValueError, OSError) as error:
+        raise SettingsError(f"cannot read settings: {error}") from None
+
+
+def masked(url: str) -> str:
+    """A URL fit for logs: without its password."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rsplit("@", 1)[1]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _check_scheme(url: str, known: set[str]) -> str:
+    scheme = urlsplit(url).scheme
+    if scheme not in known:
+        raise ValueError(f"the URL must start with one of {', '.join(sorted(known))}")
+    return url
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        names = [str(part) for part in item["loc"]]
+        variable = "CODEYARD_" + "_".join(names).upper()
+        value = "" if names[-1] == "url" else f" (got {item['input']!r:.80})"
+        lines.append(f"{variable}: {item['msg']}{value}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""Engines: the port and its adapters. Chosen by select.py."""
