@@ -72,8 +72,11 @@ class Consumer(Protocol):
     async def requeue(self, group: Sequence[Delivery]) -> None:
         """Offer these again, to anyone, soon. Skips those whose connection is gone."""
 
+    async def stop(self) -> None:
+        """Take no more. What `receive` gave out can still be acked; what it did not goes back at once."""
+
     async def close(self) -> None:
-        """Stop consuming; what is unacked goes back to its queue."""
+        """Stop, and what is unacked goes back to its queue."""
 
 
 class Broker(Publisher, Protocol):

@@ -56,6 +56,7 @@ class Load:
     running: int
     waiting: int
     kv_cache_used: float | None = None  # 0..1 where the engine tells
+    steps: int = 0  # tokens or engine steps so far: must move while anything runs, or the engine hangs
 
 
 class Engine(Protocol):
