@@ -24,6 +24,7 @@ class Candidate:
     submitted_s: float  # when its record was made: waits at the broker count too
     deadline_s: float
     suspect: bool = False  # may have killed an engine: run apart
+    attempt: int = 1  # claims so far, this one included; suspects run in smaller groups the more there were
 
 
 @dataclass(frozen=True, slots=True)

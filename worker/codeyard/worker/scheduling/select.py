@@ -1,0 +1,16 @@
+"""From settings to a policy: the one place that knows which policies there are."""
+
+from codeyard.shared.settings import AdmissionSettings
+from codeyard.worker.engines.port import EngineInfo
+from codeyard.worker.scheduling.port import Scheduler
+from codeyard.worker.scheduling.weighted import WeightedLanes
+
+
+def make_scheduler(settings: AdmissionSettings, info: EngineInfo) -> Scheduler:
+    """A fresh policy object for one loaded engine; make another when the engine is replaced."""
+    return WeightedLanes(
+        slots=info.max_running,
+        continuous=info.continuous,
+        shares=settings.shares,
+        linger_s=settings.linger_s,
+    )
