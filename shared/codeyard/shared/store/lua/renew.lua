@@ -1,0 +1,14 @@
+-- The owner is alive. A lease that lapsed but was not taken is simply longer.
+return each_job(function(job)
+  local fence, alone = take(), take_flag()
+  local record = load_record(job)
+
+  if not record or not owns(record, fence) then return { false, false } end
+  change(record, {
+    lease_until = now + timing.lease_s,
+    check_at = now + timing.lease_s + timing.grace_s,
+    alone = record.alone or alone,
+  })
+  save(job, record)
+  return { true, record.cancel_requested }
+end)

@@ -1,0 +1,197 @@
+"""The Store on Redis 7.0 and later, alone or as a cluster.
+
+Every call of the port is one script (lua/*.lua) for its whole group, on the server's clock. The
+scripts are a port of transitions.py, function by function; what a record, an event stream and the
+indexes look like in Redis is documented in docs/wire-contract.md.
+
+    {ns}:{sNN}:<id>:record   hash     a field per Record field; ends at expires_at
+    {ns}:{sNN}:<id>:events   stream   entry <seq>-0 holds the event's JSON; ends at expires_at
+    {ns}:{sNN}:<id>:wake     channel  the newest seq, published with every event
+    {ns}:{sNN}:due           zset     ids by check_at, of jobs that are not final
+    {ns}:{sNN}:recent        zset     the newest ids by created_at, bounded
+    {ns}:aliases             hash     never read inside job scripts
+
+Called through shared.connect.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from codeyard.shared.job import JobId
+from codeyard.shared.record import Event, Record
+from codeyard.shared.settings import StoreSettings
+from codeyard.shared.store import redis_codec as codec
+from codeyard.shared.store.port import (
+    Alias,
+    Append,
+    AppendVerdict,
+    CancelVerdict,
+    Claim,
+    Claimed,
+    Commit,
+    Committed,
+    Queued,
+    QueuedVerdict,
+    Recovered,
+    Recovery,
+    Release,
+    ReleaseVerdict,
+    Renewal,
+    Renewed,
+    Reservation,
+    Reserved,
+    Wakeup,
+)
+from codeyard.shared.store.redis_link import Item, RedisLink
+from codeyard.shared.store.redis_wakeups import Wakeups
+from codeyard.shared.topology import NUM_STORE_SHARDS, Topology, store_shard
+
+RequestT = TypeVar("RequestT")
+
+
+class RedisStore:
+    """One per process and event loop: a thread with its own loop opens its own."""
+
+    def __init__(self, link: RedisLink, wakeups: Wakeups, settings: StoreSettings, topology: Topology) -> None:
+        self.timing = settings.timing()
+        self._link = link
+        self._wakeups = wakeups
+        self._topology = topology
+        self._protocol = codec.protocol_arguments(self.timing)
+        self._keys = lru_cache(maxsize=4_096)(self._keys_of)  # a job is named several times in its life
+
+    @classmethod
+    async def open(cls, settings: StoreSettings, topology: Topology) -> "RedisStore":
+        """Connect. Raises StoreUnavailable without an answer, SettingsError for a URL or server of no use."""
+        link = await RedisLink.open(settings)
+        wakeups = Wakeups(settings.url, anchor=topology.key("wake"), timeout_s=settings.timeout_s)
+        return cls(link, wakeups, settings, topology)
+
+    async def close(self) -> None:
+        try:
+            await self._wakeups.close()
+        finally:
+            await self._link.close()
+
+    async def ping(self) -> str:
+        await self._link.command("PING")
+        return f"redis {self._link.version}"
+
+    # The protocol, in the order of a job's life ----------------------------------------------------
+
+    async def reserve(self, group: Sequence[Reservation]) -> list[Reserved]:
+        outcomes = await self._call("reserve", group, lambda request: request.job.id, codec.reservation)
+        return [codec.reserved(request, *outcome) for request, outcome in zip(group, outcomes, strict=True)]
+
+    async def mark_queued(self, group: Sequence[Queued]) -> list[QueuedVerdict]:
+        outcomes = await self._call("mark_queued", group, lambda request: request.job_id, codec.queued)
+        return [QueuedVerdict(verdict) for verdict in outcomes]
+
+    async def claim(self, group: Sequence[Claim]) -> list[Claimed]:
+        outcomes = await self._call("claim", group, lambda request: request.job.id, codec.claim, before_ack=True)
+        return [codec.claimed(*outcome) for outcome in outcomes]
+
+    async def renew(self, group: Sequence[Renewal]) -> list[Renewed]:
+        outcomes = await self._call("renew", group, lambda request: request.job_id, codec.renewal)
+        return [codec.renewed(*outcome) for outcome in outcomes]
+
+    async def append(self, group: Sequence[Append]) -> list[AppendVerdict]:
+        outcomes = await self._call("append", group, lambda request: request.job_id, codec.append)
+        return [AppendVerdict(verdict) for verdict in outcomes]
+
+    async def commit(self, group: Sequence[Commit]) -> list[Committed]:
+        outcomes = await self._call("commit", group, lambda request: request.job_id, codec.commit, before_ack=True)
+        return [codec.committed(*outcome) for outcome in outcomes]
+
+    async def release(self, group: Sequence[Release]) -> list[ReleaseVerdict]:
+        outcomes = await self._call("release", group, lambda request: request.job_id, codec.release, before_ack=True)
+        return [ReleaseVerdict(verdict) for verdict in outcomes]
+
+    async def cancel(self, group: Sequence[JobId]) -> list[CancelVerdict]:
+        outcomes = await self._call("cancel", group, lambda job_id: job_id, lambda _: (), before_ack=True)
+        return [CancelVerdict(verdict) for verdict in outcomes]
+
+    async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
+        outcomes = await self._call("recover", group, lambda request: request.job_id, codec.recovery)
+        return [codec.recovered(*outcome) for outcome in outcomes]
+
+    # Reading ---------------------------------------------------------------------------------------
+
+    async def read(self, group: Sequence[JobId]) -> list[Record | None]:
+        outcomes = await self._call("read", group, lambda job_id: job_id, lambda _: ())
+        return [codec.record(stored) if stored else None for stored in outcomes]
+
+    async def events(self, job_id: JobId, *, after: int, limit: int = 1_000) -> list[Event]:
+        key = self._topology.job_key(job_id, "events")
+        entries = await self._link.command("XRANGE", key, f"{after + 1}-0", "+", "COUNT", limit)
+        return [Event.decode(fields["event"]) for _, fields in entries]
+
+    def watch(self, job_id: JobId) -> AbstractAsyncContextManager[Wakeup]:
+        return self._wakeups.watch(self._topology.job_key(job_id, "wake"))
+
+    async def due(self, limit: int) -> list[JobId]:
+        found = await self._look_through("due", limit)
+        return [job_id for _, job_id in sorted(found)[:limit]]
+
+    async def recent(self, limit: int) -> list[Record]:
+        found = await self._look_through("recent", limit)
+        newest = [job_id for _, job_id in sorted(found, reverse=True)[:limit]]
+        return [record for record in await self.read(newest) if record is not None]
+
+    # Aliases ---------------------------------------------------------------------------------------
+
+    async def aliases(self) -> Mapping[str, Alias]:
+        found = await self._link.command("HGETALL", self._topology.key("aliases"))
+        return {name: codec.decode_alias(name, text) for name, text in found.items()}
+
+    async def set_alias(self, alias: Alias, *, only_if_absent: bool) -> Alias:
+        key, name, text = self._topology.key("aliases"), alias.name, codec.encode_alias(alias)
+        if not only_if_absent:
+            await self._link.command("HSET", key, name, text)
+            return alias
+        if await self._link.command("HSETNX", key, name, text):
+            return alias
+        return codec.decode_alias(name, await self._link.command("HGET", key, name))
+
+    # Helpers ---------------------------------------------------------------------------------------
+
+    async def _call(
+        self,
+        script: str,
+        group: Sequence[RequestT],
+        job_id_of: Callable[[RequestT], JobId],
+        arguments_of: Callable[[RequestT], Sequence[codec.Argument]],
+        *,
+        before_ack: bool = False,
+    ) -> list[Any]:
+        items = []
+        for request in group:
+            job_id = job_id_of(request)
+            shard, keys = self._keys(job_id)
+            items.append(Item(shard, keys, (job_id, *arguments_of(request))))
+        return await self._link.run(script, items, self._protocol, before_ack=before_ack)
+
+    def _keys_of(self, job_id: JobId) -> tuple[int, tuple[str, ...]]:
+        shard, topology = store_shard(job_id), self._topology
+        return shard, (
+            topology.job_key(job_id, "record"),
+            topology.job_key(job_id, "events"),
+            topology.shard_key(shard, "due"),
+            topology.shard_key(shard, "recent"),
+        )
+
+    async def _look_through(self, index: str, limit: int) -> list[tuple[float, JobId]]:
+        """The first `limit` of every shard's index, with their times; each shard may hold the very first ones."""
+        if limit < 1:
+            return []
+        items = [Item(shard, (self._topology.shard_key(shard, index),), ()) for shard in range(NUM_STORE_SHARDS)]
+        shards = await self._link.run(index, items, (limit,))
+        return [(float(at), job_id) for found in shards for job_id, at in _pairs(found)]
+
+
+def _pairs(flat: Sequence[str]) -> list[tuple[str, str]]:
+    """cjson writes an empty list as an empty object; both iterate over nothing."""
+    items = list(flat)
+    return list(zip(items[::2], items[1::2], strict=True))

@@ -1,0 +1,208 @@
+"""Requests as script arguments, and what scripts and hashes hold as records.
+
+A record is a hash with one field per `Record` field: the job and the result as JSON text, times as
+decimal seconds, whole numbers as decimal text, flags as 0 or 1, and "" for no result. The other side
+of every function here is a script in lua/. Called by: store.redis.
+"""
+
+import json
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+
+from codeyard.shared.errors import MalformedMessage
+from codeyard.shared.job import MAX_TIMEOUT_S, Job
+from codeyard.shared.record import Event, Record, Result
+from codeyard.shared.store.port import (
+    Alias,
+    Append,
+    Claim,
+    Claimed,
+    ClaimVerdict,
+    Commit,
+    Committed,
+    CommitVerdict,
+    Queued,
+    Recovered,
+    RecoverVerdict,
+    Recovery,
+    Release,
+    Renewal,
+    Renewed,
+    Reservation,
+    Reserved,
+    ReserveVerdict,
+    Timing,
+)
+from codeyard.shared.store.transitions import MAX_QUEUE_CHECK_S, NEVER_PUBLISHED, REPUBLISH_RETRY_S
+
+NUM_RECENT = 256  # per shard; people look at the newest few hundred of the fleet
+FIELDS = (  # in the order of `ALL` in lua/prelude.lua
+    "id",
+    "state",
+    "job",
+    "digest",
+    "incarnation",
+    "publication",
+    "fence",
+    "counter",
+    "owner",
+    "lease_until",
+    "attempt",
+    "crashes",
+    "alone",
+    "alone_crashes",
+    "cancel_requested",
+    "created_at",
+    "queued_at",
+    "started_at",
+    "finished_at",
+    "deadline_at",
+    "check_at",
+    "expires_at",
+    "last_seq",
+    "result",
+)
+
+Argument = str | bytes | int
+Stored = Sequence[str | bool]
+"""The fields of a hash in the order of FIELDS; False for one that is not there."""
+
+
+def protocol_arguments(timing: Timing) -> list[Argument]:
+    """What stands before the first job: durations and constants, in the prelude's order."""
+    numbers = (
+        timing.lease_s,
+        timing.grace_s,
+        timing.unpublished_s,
+        timing.queue_check_s,
+        timing.longest_run_s,
+        timing.retention_s,
+        timing.poison_after,
+        MAX_TIMEOUT_S,
+        MAX_QUEUE_CHECK_S,
+        REPUBLISH_RETRY_S,
+        NUM_RECENT,
+    )
+    return [*(repr(number) for number in numbers), NEVER_PUBLISHED]
+
+
+# Requests, one function per script -----------------------------------------------------------------
+
+
+def reservation(request: Reservation) -> list[Argument]:
+    job = request.job
+    return [job.encode(), request.digest, request.publication, request.incarnation, repr(job.timeout_s)]
+
+
+def queued(request: Queued) -> list[Argument]:
+    return [request.publication]
+
+
+def claim(request: Claim) -> list[Argument]:
+    job = request.job
+    return [
+        job.encode(),
+        request.digest,
+        request.publication,
+        request.owner,
+        request.incarnation,
+        repr(job.timeout_s),
+        _optional(request.published_at),
+        _optional(request.deadline_at),
+    ]
+
+
+def renewal(request: Renewal) -> list[Argument]:
+    return [request.fence, int(request.alone)]
+
+
+def append(request: Append) -> list[Argument]:
+    return [request.fence, *_events(request.events)]
+
+
+def commit(request: Commit) -> list[Argument]:
+    result = request.result
+    return [request.fence, request.publication, result.state.value, result.encode(), *_events(request.events)]
+
+
+def release(request: Release) -> list[Argument]:
+    return [request.fence, request.publication, repr(request.delay_s), int(request.charge)]
+
+
+def recovery(request: Recovery) -> list[Argument]:
+    return ["" if request.queue_empty is None else int(request.queue_empty)]
+
+
+def _optional(number: float | None) -> str:
+    return "" if number is None else repr(number)
+
+
+def _events(events: Sequence[Event]) -> list[Argument]:
+    arguments: list[Argument] = [len(events)]
+    for event in events:
+        arguments += (event.seq, event.encode())
+    return arguments
+
+
+# Outcomes ------------------------------------------------------------------------------------------
+
+
+def reserved(request: Reservation, verdict: str, stored: Stored) -> Reserved:
+    """The script leaves out the job that the caller has just sent."""
+    return Reserved(ReserveVerdict(verdict), record(stored, job=request.job))
+
+
+def claimed(verdict: str, *rest: str | int | bool) -> Claimed:
+    if verdict == ClaimVerdict.HOLD:
+        return Claimed(ClaimVerdict.HOLD, hold_s=float(rest[0]))
+    if not rest:
+        return Claimed(ClaimVerdict(verdict))
+    fence, attempt, deadline_in_s, waited_s, last_seq, suspect = rest
+    return Claimed(
+        ClaimVerdict(verdict),
+        fence=str(fence),
+        attempt=int(attempt),
+        deadline_in_s=float(deadline_in_s),
+        waited_s=float(waited_s),
+        last_seq=int(last_seq),
+        suspect=bool(suspect),
+    )
+
+
+def renewed(held: bool, cancel_requested: bool) -> Renewed:
+    return Renewed(held, cancel_requested)
+
+
+def committed(verdict: str, may_ack: bool) -> Committed:
+    return Committed(CommitVerdict(verdict), may_ack)
+
+
+def recovered(verdict: str, stored: Stored | None = None) -> Recovered:
+    return Recovered(RecoverVerdict(verdict), record(stored) if stored else None)
+
+
+def record(stored: Stored, *, job: Job | None = None) -> Record:
+    """Raises MalformedMessage if the hash is not one of ours. `job` stands in for a text left out."""
+    fields: dict[str, object] = {name: text for name, text in zip(FIELDS, stored, strict=True) if text is not False}
+    body, result = str(fields.get("job", "")), str(fields.get("result", ""))
+    fields["job"] = Job.decode(body.encode()) if body or job is None else job
+    fields["result"] = Result.decode(result) if result else None
+    try:
+        return Record.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MalformedMessage(f"not a stored record: {where}: {first['msg']}") from None
+
+
+def encode_alias(alias: Alias) -> str:
+    return json.dumps({"revision": alias.revision, "context_tokens": alias.context_tokens})
+
+
+def decode_alias(name: str, text: str) -> Alias:
+    try:
+        body = json.loads(text)
+        return Alias(name, body["revision"], body["context_tokens"])
+    except (ValueError, KeyError, TypeError):
+        raise MalformedMessage(f"alias {name!r} in the store is not one of ours: {text:.80}") from None
