@@ -41,7 +41,7 @@ def seal(
     *,
     publication: str,
     incarnation: str,
-    deadline_at: float,
+    deadline_at: float | None,
     attempt: int = 0,
     traceparent: str | None = None,
 ) -> Message:
@@ -51,8 +51,9 @@ def seal(
         "incarnation": incarnation,
         "tenant": job.tenant,
         "attempt": attempt,
-        "deadline": deadline_at,
     }
+    if deadline_at is not None:
+        headers["deadline"] = deadline_at
     if traceparent:
         headers["traceparent"] = traceparent
     return Message(

@@ -1,0 +1,117 @@
+"""Groups of messages to RabbitMQ, one outcome each.
+
+Promise: a whole group is on its way before the first confirm is awaited, and no call outlives its
+timeout. Owns the channel it publishes on. Called by: shared.broker.rabbitmq.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError, PublishError
+from aiormq.abc import AbstractChannel
+from pamqp.commands import Basic
+
+from codeyard.shared.broker.port import PublishOutcome
+from codeyard.shared.broker.rabbitmq_link import LIBRARY_ERRORS, Link, cancelled_from_outside, translated
+from codeyard.shared.broker.rabbitmq_topology import CONTENT_TYPE, MESSAGE_TYPE, PERSISTENT, Outgoing, now
+from codeyard.shared.errors import BrokerUnavailable
+
+WINDOW = 1_024  # messages of one group sent before their confirms are awaited: bounds tasks and memory
+DRAIN_OVER_BYTES = 65_536  # larger bodies wait for the socket, or a slow link would pile them up in memory
+
+
+class GroupPublisher:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._opening = asyncio.Lock()
+        self._channel: AbstractChannel | None = None
+        self._in_flight: dict[str, asyncio.Future[None]] = {}  # by message id; see _after_its_twin
+
+    async def publish(self, group: Sequence[Outgoing], *, timeout_s: float) -> list[PublishOutcome]:
+        """See Publisher.publish. Messages to one queue arrive there in the group's order."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        outcomes: list[PublishOutcome] = []
+        for start in range(0, len(group), WINDOW):
+            window = group[start : start + WINDOW]
+            try:
+                channel = await self._open_channel(deadline)
+            except BrokerUnavailable:
+                if start == 0:
+                    raise  # nothing was sent
+                return outcomes + [PublishOutcome.UNKNOWN] * (len(group) - start)
+            outcomes += await self._publish_window(channel, window, deadline)
+        return outcomes
+
+    async def _open_channel(self, deadline: float) -> AbstractChannel:
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        with translated("no channel to publish on"):
+            async with asyncio.timeout_at(deadline), self._opening:
+                if self._channel is None or self._channel.is_closed:
+                    await self._link.connect_within(left_s)
+                    self._channel = await self._link.channel()
+                return self._channel
+
+    async def _publish_window(
+        self, channel: AbstractChannel, window: Sequence[Outgoing], deadline: float
+    ) -> list[PublishOutcome]:
+        # Tasks start in the order they are made and queue for the channel's lock, which keeps the group's order.
+        tasks = [asyncio.create_task(self._publish_one(channel, item)) for item in window]
+        try:
+            await asyncio.wait(tasks, timeout=deadline - asyncio.get_running_loop().time())
+        finally:
+            late = [task for task in tasks if task.cancel()]
+            if late:
+                await asyncio.gather(*late, return_exceptions=True)
+        return [PublishOutcome.UNKNOWN if task.cancelled() else task.result() for task in tasks]
+
+    async def _publish_one(self, channel: AbstractChannel, item: Outgoing) -> PublishOutcome:
+        message = item.message
+        settled = await self._after_its_twin(message.message_id)
+        try:
+            await channel.basic_publish(
+                message.body,
+                exchange=item.exchange,
+                routing_key=item.routing_key,
+                properties=Basic.Properties(
+                    content_type=CONTENT_TYPE,
+                    delivery_mode=PERSISTENT,
+                    message_id=message.message_id,
+                    message_type=MESSAGE_TYPE,
+                    timestamp=now(),
+                    headers=dict(item.headers),
+                ),
+                mandatory=True,
+                wait=len(message.body) > DRAIN_OVER_BYTES,
+            )
+        except PublishError:
+            return PublishOutcome.UNROUTABLE
+        except DeliveryError:
+            return PublishOutcome.FULL  # a quorum queue refuses for nothing else
+        except ChannelNotFoundEntity as error:
+            # No exchange: nobody ever declared this fleet. The server closes the channel over it, so others
+            # that were under way on it are unknown.
+            missing = f"no exchange '{item.exchange}'" in str(error)
+            return PublishOutcome.UNROUTABLE if missing else PublishOutcome.UNKNOWN
+        except asyncio.CancelledError:
+            if cancelled_from_outside():
+                raise
+            return PublishOutcome.UNKNOWN
+        except LIBRARY_ERRORS:
+            return PublishOutcome.UNKNOWN
+        else:
+            return PublishOutcome.CONFIRMED
+        finally:
+            settled.set_result(None)
+            if self._in_flight.get(message.message_id) is settled:
+                del self._in_flight[message.message_id]
+
+    async def _after_its_twin(self, message_id: str) -> "asyncio.Future[None]":
+        """Wait until no other message with this id is under way; resolve what is returned when this one is not.
+
+        aiormq finds the publish that a returned message belongs to by its message id. With two of one id
+        under way it would mix them up and report an unroutable message as confirmed.
+        """
+        while (twin := self._in_flight.get(message_id)) is not None:
+            await asyncio.wait([twin])
+        settled = self._in_flight[message_id] = asyncio.get_running_loop().create_future()
+        return settled

@@ -1,0 +1,161 @@
+"""From deliveries to claimed jobs.
+
+1. Receive a group of deliveries. 2. Decode each; what does not decode is dead-lettered and the worker
+goes on. 3. Claim the rest in one round trip. 4. By verdict: run it, adopt it, hold it, or end it.
+
+Owns: deliveries until they are in the hand, dead-lettered, held or acked. Called by: worker.service.
+Does not know about: engines, schedulers.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from codeyard.shared.broker.port import Consumer, Delivery, Message
+from codeyard.shared.envelope import Envelope, open_delivery
+from codeyard.shared.errors import MalformedMessage
+from codeyard.shared.store.port import Claim, Claimed, ClaimVerdict, Store
+from codeyard.worker.execution import poisoned
+from codeyard.worker.hand import Hand
+from codeyard.worker.held import Finished, HeldJob
+from codeyard.worker.patience import persist
+from codeyard.worker.settler import Settler, dead_letter_headers
+
+log = logging.getLogger(__name__)
+
+MAX_GROUP = 256  # deliveries claimed in one round trip
+MIN_HOLD_S = 0.05
+
+ACK = {ClaimVerdict.FINAL, ClaimVerdict.DUPLICATE, ClaimVerdict.EXPIRED, ClaimVerdict.CANCELLED}
+DEAD = {
+    ClaimVerdict.RECORD_MISSING: "no record, and past its deadline",
+    ClaimVerdict.CONFLICT: "the message's body is not the one recorded under this id",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    delivery: Delivery
+    envelope: Envelope
+
+
+class Intake:
+    def __init__(
+        self,
+        consumer: Consumer,
+        store: Store,
+        settler: Settler,
+        hand: Hand,
+        *,
+        owner: str,
+        on_claimed: Callable[[HeldJob], None],
+    ) -> None:
+        self._consumer = consumer
+        self._store = store
+        self._settler = settler
+        self._hand = hand
+        self._owner = owner
+        self._on_claimed = on_claimed
+
+    async def run(self) -> None:
+        """Until cancelled. A group is taken whole: cancellation between its steps only repeats work."""
+        async with asyncio.TaskGroup() as holds:  # parents of arrivals that wait for another's lease
+            while True:
+                deliveries = await self._consumer.receive(MAX_GROUP)
+                arrivals = await self._decode(deliveries)
+                if arrivals:
+                    await self._claim(arrivals, holds)
+
+    async def _decode(self, deliveries: Sequence[Delivery]) -> list[_Arrival]:
+        arrivals, malformed = [], []
+        for delivery in deliveries:
+            try:
+                arrivals.append(_Arrival(delivery, open_delivery(delivery)))
+            except MalformedMessage as error:
+                malformed.append((delivery, str(error)))
+        if malformed:
+            await self._bury([(delivery, "malformed", text) for delivery, text in malformed])
+        return arrivals
+
+    async def _claim(self, arrivals: Sequence[_Arrival], holds: asyncio.TaskGroup) -> None:
+        claims = [
+            Claim(
+                job=arrival.envelope.job,
+                digest=arrival.envelope.digest,
+                publication=arrival.envelope.publication,
+                owner=self._owner,
+                incarnation=arrival.envelope.incarnation,
+                published_at=arrival.envelope.published_at,
+                deadline_at=arrival.envelope.deadline_at,
+            )
+            for arrival in arrivals
+        ]
+        claimed = await persist(lambda: self._store.claim(claims))
+        done: list[Delivery] = []
+        dead: list[tuple[Delivery, str, str]] = []
+        for arrival, answer in zip(arrivals, claimed, strict=True):
+            verdict = answer.verdict
+            if verdict is ClaimVerdict.RUN:
+                self._take(arrival, answer)
+            elif verdict is ClaimVerdict.ADOPT:
+                self._adopt(arrival, answer)
+            elif verdict is ClaimVerdict.HOLD:
+                holds.create_task(
+                    self._ask_again(arrival, answer.hold_s, holds), name=f"hold {arrival.envelope.job.id}"
+                )
+            elif verdict is ClaimVerdict.POISON:
+                self._condemn(arrival, answer)
+            elif verdict in ACK:
+                done.append(arrival.delivery)
+            else:
+                dead.append((arrival.delivery, str(verdict), DEAD[verdict]))
+        if dead:
+            await self._bury(dead)
+        if done:
+            await self._consumer.ack(done)
+
+    def _take(self, arrival: _Arrival, answer: Claimed) -> None:
+        held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
+        self._hand.add(held)
+        self._on_claimed(held)
+
+    def _adopt(self, arrival: _Arrival, answer: Claimed) -> None:
+        """Redelivered to its own owner. Unknown here, it is ours all the same: an earlier claim took
+        effect although its answer was lost."""
+        held = self._hand.get(arrival.envelope.job.id)
+        if held is None or held.fence != answer.fence:
+            self._take(arrival, answer)
+        else:
+            held.delivery = arrival.delivery
+
+    def _condemn(self, arrival: _Arrival, answer: Claimed) -> None:
+        held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
+        self._hand.add(held)
+        self._settler.put(Finished(held, poisoned(answer.attempt)))
+
+    async def _ask_again(self, arrival: _Arrival, hold_s: float, holds: asyncio.TaskGroup) -> None:
+        """Keep it unacked until the other owner is done or gone, then claim again."""
+        await asyncio.sleep(max(MIN_HOLD_S, hold_s))
+        await self._claim([arrival], holds)
+
+    async def _bury(self, dead: Sequence[tuple[Delivery, str, str]]) -> None:
+        messages = [
+            Message(
+                queue=delivery.queue,
+                message_id=delivery.message_id,
+                body=delivery.body,
+                headers={
+                    **{k: v for k, v in delivery.headers.items() if isinstance(v, str | int | float)},
+                    **dead_letter_headers(reason, text),
+                },
+            )
+            for delivery, reason, text in dead
+        ]
+        for delivery, reason, text in dead:
+            log.warning(
+                "message_dead_lettered", extra={"message_id": delivery.message_id, "reason": reason, "error": text}
+            )
+        await self._settler.dead_letter(messages)
+        await self._consumer.ack([delivery for delivery, _, _ in dead])
