@@ -22,7 +22,7 @@ class Hand:
         self._held[held.id] = held
         self._leases.hold(held.id, held.fence)
         self._metrics.in_hand.labels(lane=held.job.lane).inc()
-        self._metrics.queue_wait_seconds.labels(lane=held.job.lane).observe(held.claimed_s - held.submitted_s)
+        self._metrics.queue_wait.labels(lane=held.job.lane).observe(held.claimed_s - held.submitted_s)
 
     def get(self, job_id: JobId) -> HeldJob | None:
         return self._held.get(job_id)

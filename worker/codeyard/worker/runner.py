@@ -238,7 +238,7 @@ class Runner:
                 log.error("engine_not_started", extra={"error": str(error), "num_tries": num_try + 1})
                 await asyncio.sleep(2.0**num_try)
             else:
-                self._metrics.engine_restarts_total.inc()
+                self._metrics.engine_restarts.inc()
                 log.info("engine_restarted", extra={"engine": engine.info.version})
                 return engine
         raise EngineUnavailable(f"the engine died and did not start again in {MAX_ENGINE_STARTS} tries")

@@ -112,7 +112,7 @@ class Worker:
         )
         intake = Intake(consumer, self._store, settler, hand, owner=self._owner, on_claimed=runner.offer)
         if worker.metrics_port is not None:
-            start_metrics_server(metrics, worker.metrics_port)
+            start_metrics_server(worker.metrics_port, metrics)
         leases.start()
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from codeyard.shared.broker.port import Broker, Consumer, Delivery, Message, PublishOutcome
@@ -96,7 +97,7 @@ class Settler:
                 group.append(self._endings.get_nowait())
             started_s = time.monotonic()
             await self._settle(_Batch.of(group))
-            self._metrics.settle_seconds.observe(time.monotonic() - started_s)
+            self._metrics.settle.observe(time.monotonic() - started_s)
             for ending in group:
                 self._on_settled(ending.held)
                 self._endings.task_done()
@@ -151,7 +152,7 @@ class Settler:
             )
             pairs.append((message, delay_s))
             releases.append(Release(held.id, held.fence, publication, delay_s=delay_s, charge=True))
-            self._metrics.retries_total.inc()
+            self._metrics.retries.inc()
             log.info(
                 "job_retried",
                 extra={"job": held.id, "attempt": held.attempt, "delay_s": delay_s, "reason": ending.reason},
@@ -171,13 +172,13 @@ class Settler:
             record is not None and (record.state.final or record.publication != one.envelope.publication)
             for one, record in zip(held, records, strict=True)
         ]
-        self._metrics.lease_lost_total.inc(len(held))
+        self._metrics.lease_lost.inc(len(held))
         await self._end([one.delivery for one in held], may_ack)
 
     async def dead_letter(self, messages: Sequence[Message]) -> None:
         """Return when the dead-letter queue has them all. Each carries its reason and history as headers."""
         for message in messages:
-            self._metrics.dead_letters_total.labels(reason=str(message.headers["reason"])).inc()
+            self._metrics.dead_letters.labels(reason=str(message.headers["reason"])).inc()
         await self._publish_all(
             list(messages), lambda rest: self._broker.dead_letter(rest, timeout_s=self._publish_timeout_s)
         )
@@ -187,7 +188,7 @@ class Settler:
     ) -> None:
         """Publish until every item is confirmed. A copy too many is harmless, one too few is not."""
         while items:
-            outcomes = await persist(lambda: publish(items))
+            outcomes = await persist(partial(publish, items))
             rest = [
                 item for item, outcome in zip(items, outcomes, strict=True) if outcome is not PublishOutcome.CONFIRMED
             ]
@@ -209,13 +210,13 @@ class Settler:
             log.info("result_refused", extra={"job": held.id, "verdict": answer.verdict})
             return
         job = held.job
-        self._metrics.jobs_total.labels(model=job.model, lane=job.lane, outcome=result.state).inc()
-        self._metrics.tokens_total.labels(model=job.model, kind="prompt").inc(result.usage.prompt_tokens)
-        self._metrics.tokens_total.labels(model=job.model, kind="completion").inc(result.usage.completion_tokens)
+        self._metrics.jobs.labels(model=job.model, lane=job.lane, outcome=result.state).inc()
+        self._metrics.tokens.labels(model=job.model, kind="prompt").inc(result.usage.prompt_tokens)
+        self._metrics.tokens.labels(model=job.model, kind="completion").inc(result.usage.completion_tokens)
         if result.first_token_s is not None:
-            self._metrics.first_token_seconds.labels(lane=job.lane).observe(result.first_token_s)
+            self._metrics.first_token.labels(lane=job.lane).observe(result.first_token_s)
         if result.generate_s is not None:
-            self._metrics.generate_seconds.labels(lane=job.lane).observe(result.generate_s)
+            self._metrics.generate.labels(lane=job.lane).observe(result.generate_s)
         log.info(
             "job_ended",
             extra={
