@@ -116,12 +116,36 @@ class EngineSettings(_Group):
     time_scale: PositiveFloat = 1.0  # simulated engine: 0.1 is ten times faster than the table
 
 
-class AdmissionSettings(_Group):
-    """The policy's plain values: shares are relative, seconds are waits."""
+class Promise(_Group):
+    """What a lane's jobs may count on while the fleet has room. Zero: nothing is promised."""
 
+    first_token_s: Annotated[float, Field(ge=0)] = 0.0  # from submission
+    per_token_s: Annotated[float, Field(ge=0)] = 0.0  # after the first, mean over the job
+
+
+class AdmissionSettings(_Group):
+    """The policy's plain values: shares and weights are relative, seconds are waits. See docs/scheduling.md."""
+
+    policy: Literal["adaptive", "fixed", "straight"] = (
+        "adaptive"  # straight: all to the engine, first come first served
+    )
+    window: PositiveInt | None = None  # jobs; of `fixed`; None: the engine's slots
+    promises: dict[Lane, Promise] = Field(
+        default_factory=lambda: {
+            Lane.INTERACTIVE: Promise(first_token_s=0.3, per_token_s=0.04),  # reads along while it is typed
+            Lane.STANDARD: Promise(first_token_s=2.0, per_token_s=0.06),  # waits for the answer, not for the first word
+        }
+    )
     shares: dict[Lane, PositiveInt] = Field(
         default_factory=lambda: {Lane.INTERACTIVE: 8, Lane.STANDARD: 3, Lane.BULK: 1}
     )
+    tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # others have 1.0
+    margin: Annotated[float, Field(gt=0, le=1)] = 0.9  # of a promise; the rest is for what the model does not see
+    held_slots: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the slots, kept free for the lanes above bulk
+    starvation_s: PositiveFloat = 30.0  # in hand for this long, a lane's oldest job is next
+    preempt_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the running jobs, aborted for one promise at most
+    calm_s: Annotated[float, Field(ge=0)] = 2.0  # the window stays narrow this long after the lane's last job left
+    kv_cache_cap: Annotated[float, Field(gt=0, le=1)] = 0.92  # above: nothing is admitted until it falls
     linger_s: Annotated[float, Field(ge=0, le=0.05)] = 0.02  # closed batches only, from the first job in hand
 
 

@@ -1,7 +1,7 @@
 -- Events join the stream under the fence; those already there are skipped, a gap is refused.
 return each_job(function(job)
   local fence, events = take(), take_events()
-  local record = load_record(job)
+  local record = load_record(job, "state", "fence", "last_seq", "expires_at")
 
   if not record or not owns(record, fence) then return "fenced" end
   local fresh = fresh_of(record, events)

@@ -29,7 +29,11 @@ return each_job(function(job)
     body = take(), digest = take(), publication = take(), owner = take(), incarnation = take(),
     timeout_s = take_number(), published_at = take_number(), deadline_at = take_number(),
   }
-  local record = load_record(job)
+  local record = load_record(
+    job, "state", "digest", "incarnation", "publication", "owner", "lease_until", "counter", "fence", "attempt",
+    "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "deadline_at", "last_seq",
+    "expires_at"
+  )
 
   if not record then
     record = from_message(job, request)

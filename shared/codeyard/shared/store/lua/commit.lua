@@ -1,7 +1,7 @@
 -- First one wins. Refused for its fence, the delivery may go only if nobody counts on it.
 return each_job(function(job)
   local fence, publication, state, result, events = take(), take(), take(), take(), take_events()
-  local record = load_record(job)
+  local record = load_record(job, "state", "fence", "publication", "last_seq", "expires_at")
 
   if not record then return { "fenced", false } end
   if FINAL[record.state] then

@@ -1,7 +1,7 @@
 -- The broker has confirmed `publication`. Never overwrites a live owner or a final state.
 return each_job(function(job)
   local publication = take()
-  local record = load_record(job)
+  local record = load_record(job, "state", "lease_until", "queued_at", "deadline_at", "alone", "crashes", "alone_crashes")
 
   if not record then return "missing" end
   if FINAL[record.state] or is_live(record) then return "passed" end

@@ -62,12 +62,6 @@ local KIND = {
   started_at = "time", finished_at = "time", deadline_at = "time", check_at = "time", expires_at = "time",
   last_seq = "whole", result = "text",
 }
--- What decisions are made of: all but the two long texts.
-local DECISIVE = {
-  "state", "digest", "incarnation", "publication", "fence", "counter", "owner", "lease_until", "attempt", "crashes",
-  "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "deadline_at", "check_at", "expires_at",
-  "last_seq",
-}
 local ALL = {
   "id", "state", "job", "digest", "incarnation", "publication", "fence", "counter", "owner", "lease_until", "attempt",
   "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "started_at", "finished_at",
@@ -86,21 +80,30 @@ local function encode(kind, value)
   return value
 end
 
-local function load_record(job)
-  local values = redis.call("HMGET", job.record, unpack(DECISIVE))
+-- Asking a record for a field that was not loaded is a bug; nil would compare as "another one".
+local STRICT = {
+  __index = function(_, name)
+    error("field " .. name .. " was not loaded")
+  end,
+}
+
+-- The fields named, decoded; nil if there is no record. `state` comes first: every record has one.
+local function load_record(job, ...)
+  local values = redis.call("HMGET", job.record, ...)
   if not values[1] then return nil end
-  local record = { changed = {} }
-  for n, name in ipairs(DECISIVE) do
-    local kind = KIND[name]
+  local record = { changed = {}, is_new = false }
+  for n = 1, #values do
+    local name = select(n, ...)
+    local kind, text = KIND[name], values[n]
     if kind == "text" then
-      record[name] = values[n]
+      record[name] = text
     elseif kind == "flag" then
-      record[name] = values[n] == "1"
+      record[name] = text == "1"
     else
-      record[name] = tonumber(values[n])
+      record[name] = tonumber(text)
     end
   end
-  return record
+  return setmetatable(record, STRICT)
 end
 
 local function load_long(job, name)
@@ -129,15 +132,20 @@ local function new_record(job, fields)
     last_seq = 0, result = "",
   })
   change(record, fields)
-  return record
+  return setmetatable(record, STRICT)
+end
+
+-- For indexes and ends: whole milliseconds, which a short sorted set compares without parsing text.
+local function milliseconds(seconds)
+  return string.format("%.0f", math.ceil(seconds * 1000))
 end
 
 local function expire_with(record, key)
-  redis.call("PEXPIREAT", key, string.format("%.0f", math.ceil(record.expires_at * 1000)))
+  redis.call("PEXPIREAT", key, milliseconds(record.expires_at))
 end
 
 local function index_new(job, record)
-  redis.call("ZADD", job.recent, decimal(record.created_at), job.id)
+  redis.call("ZADD", job.recent, milliseconds(record.created_at), job.id)
   redis.call("ZREMRANGEBYRANK", job.recent, 0, -timing.num_recent - 1)
 end
 
@@ -165,7 +173,7 @@ local function save(job, record, events)
   end
   if record.changed.check_at then
     if record.check_at > 0 then
-      redis.call("ZADD", job.due, decimal(record.check_at), job.id)
+      redis.call("ZADD", job.due, milliseconds(record.check_at), job.id)
     else
       redis.call("ZREM", job.due, job.id)
     end

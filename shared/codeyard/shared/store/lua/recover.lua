@@ -1,7 +1,9 @@
 -- A due job: expire it, leave it, or have it published again.
 return each_job(function(job)
   local queue_empty = take() -- "1", "0", or "" where the queue was not asked about
-  local record = load_record(job)
+  local record = load_record(
+    job, "state", "check_at", "lease_until", "cancel_requested", "deadline_at", "queued_at", "last_seq", "expires_at"
+  )
 
   if not record or FINAL[record.state] then
     redis.call("ZREM", job.due, job.id) -- its keys ended with their TTL; the index would name it for ever

@@ -1,7 +1,7 @@
 -- The owner gives the job up on purpose, which makes nobody a suspect. A cancel asked for meanwhile ends it.
 return each_job(function(job)
   local fence, publication, delay_s, charge = take(), take(), take_number(), take_flag()
-  local record = load_record(job)
+  local record = load_record(job, "state", "fence", "attempt", "cancel_requested", "deadline_at", "last_seq", "expires_at")
 
   if not record or record.fence ~= fence or FINAL[record.state] then return "fenced" end
   if record.state ~= "running" then return "released" end -- a repeat: nobody claimed it since

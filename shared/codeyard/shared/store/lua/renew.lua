@@ -1,7 +1,7 @@
 -- The owner is alive. A lease that lapsed but was not taken is simply longer.
 return each_job(function(job)
   local fence, alone = take(), take_flag()
-  local record = load_record(job)
+  local record = load_record(job, "state", "fence", "alone", "cancel_requested")
 
   if not record or not owns(record, fence) then return { false, false } end
   change(record, {

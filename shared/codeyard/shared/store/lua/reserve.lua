@@ -1,7 +1,7 @@
 -- New, attach, or conflict. A job that was never accepted may be submitted again under its key.
 return each_job(function(job)
   local body, digest, publication, incarnation, timeout_s = take(), take(), take(), take(), take_number()
-  local record = load_record(job)
+  local record = load_record(job, "state", "digest", "publication")
 
   if record and not was_never_accepted(job, record) then
     if record.digest ~= digest then return { "conflict", load_stored(job) } end

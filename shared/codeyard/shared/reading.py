@@ -1,0 +1,72 @@
+"""Follow one job to its end: its final record, or its events as they come.
+
+Wake-ups are hints: every reader reads after it subscribed, again at every wake-up, and every
+`REREAD_S` anyway. Called by: clients, gateway.
+"""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from codeyard.shared.errors import JobNotFound, ResultTimeout, StoreUnavailable
+from codeyard.shared.job import JobId
+from codeyard.shared.record import Event, EventKind, Record
+from codeyard.shared.store.port import Store
+
+T = TypeVar("T")
+
+REREAD_S = 2.0
+STORE_AWAY_S = 30.0  # a reader waits this long for a store that does not answer
+
+
+async def wait_final(store: Store, job_id: JobId, timeout_s: float) -> Record:
+    """The record once the job is final. Raises ResultTimeout, JobNotFound, StoreUnavailable."""
+    until_s = time.monotonic() + timeout_s
+    async with store.watch(job_id) as wakeup:
+        while True:
+            [record] = await _patiently(lambda: store.read([job_id]))
+            if record is None:
+                raise JobNotFound(job_id)
+            if record.state.final:
+                return record
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                raise ResultTimeout(job_id, waited_s=timeout_s)
+            await wakeup.wait(min(REREAD_S, left_s))
+
+
+async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncIterator[Event]:
+    """The job's events with `seq > after`, to the `end` event. Sequence numbers have no gap and no repeat.
+
+    Raises JobNotFound if there is no such job (any more), StoreUnavailable if the store stays away.
+    """
+    async with store.watch(job_id) as wakeup:
+        while True:
+            events = await _patiently(partial(store.events, job_id, after=after))
+            for event in events:
+                after = event.seq
+                yield event
+                if event.kind is EventKind.END:
+                    return
+            if events:
+                continue  # there may be more than one page
+            [record] = await _patiently(lambda: store.read([job_id]))
+            if record is None:
+                raise JobNotFound(job_id)
+            if record.state.final and after >= record.last_seq:
+                return  # the caller had seen the end already
+            if record.last_seq <= after:
+                await wakeup.wait(REREAD_S)
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(StoreUnavailable),
+        wait=wait_random_exponential(multiplier=0.1, max=2.0),
+        stop=stop_after_delay(STORE_AWAY_S),
+        reraise=True,
+    )
+    return await retrying(call)
