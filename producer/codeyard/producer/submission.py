@@ -177,6 +177,8 @@ class Submitter:
             timeout_s = min(self._publish_timeout_s, until_s - time.monotonic())
             if timeout_s <= 0:
                 return  # what is left has no answer: unavailable, maybe accepted
+            for draft in left:
+                draft.published = True
             try:
                 outcomes = await self._publisher.publish(messages, timeout_s=timeout_s)
             except BrokerUnavailable:
@@ -184,8 +186,6 @@ class Submitter:
                     raise
                 await asyncio.sleep(PAUSE_S)
                 continue
-            for draft in left:
-                draft.published = True
             confirmed = [d for d, o in zip(left, outcomes, strict=True) if o is PublishOutcome.CONFIRMED]
             if confirmed:
                 await self._accept(confirmed, until_s)

@@ -5,7 +5,7 @@ Wake-ups are hints: every reader reads after it subscribed, again at every wake-
 """
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ async def wait_final(store: Store, job_id: JobId, timeout_s: float) -> Record:
             await wakeup.wait(min(REREAD_S, left_s))
 
 
-async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncIterator[Event]:
+async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncGenerator[Event, None]:
     """The job's events with `seq > after`, to the `end` event. Sequence numbers have no gap and no repeat.
 
     Raises JobNotFound if there is no such job (any more), StoreUnavailable if the store stays away.

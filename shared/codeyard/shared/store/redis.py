@@ -59,8 +59,8 @@ class RedisStore:
         self._link = link
         self._wakeups = wakeups
         self._topology = topology
-        self._protocol = codec.protocol_arguments(self.timing)
-        self._keys = lru_cache(maxsize=4_096)(self._keys_of)  # a job is named several times in its life
+        self._common = {"timing": codec.protocol(self.timing)}
+        self._place = lru_cache(maxsize=4_096)(self._place_of)  # a job is named several times in its life
 
     @classmethod
     async def open(cls, settings: StoreSettings, topology: Topology) -> "RedisStore":
@@ -82,45 +82,45 @@ class RedisStore:
     # The protocol, in the order of a job's life ----------------------------------------------------
 
     async def reserve(self, group: Sequence[Reservation]) -> list[Reserved]:
-        outcomes = await self._call("reserve", group, lambda request: request.job.id, codec.reservation)
+        outcomes = await self._call("reserve", group, codec.reservation)
         return [codec.reserved(request, *outcome) for request, outcome in zip(group, outcomes, strict=True)]
 
     async def mark_queued(self, group: Sequence[Queued]) -> list[QueuedVerdict]:
-        outcomes = await self._call("mark_queued", group, lambda request: request.job_id, codec.queued)
+        outcomes = await self._call("mark_queued", group, codec.queued)
         return [QueuedVerdict(verdict) for verdict in outcomes]
 
     async def claim(self, group: Sequence[Claim]) -> list[Claimed]:
-        outcomes = await self._call("claim", group, lambda request: request.job.id, codec.claim, before_ack=True)
+        outcomes = await self._call("claim", group, codec.claim, before_ack=True)
         return [codec.claimed(*outcome) for outcome in outcomes]
 
     async def renew(self, group: Sequence[Renewal]) -> list[Renewed]:
-        outcomes = await self._call("renew", group, lambda request: request.job_id, codec.renewal)
+        outcomes = await self._call("renew", group, codec.renewal)
         return [codec.renewed(*outcome) for outcome in outcomes]
 
     async def append(self, group: Sequence[Append]) -> list[AppendVerdict]:
-        outcomes = await self._call("append", group, lambda request: request.job_id, codec.append)
+        outcomes = await self._call("append", group, codec.append)
         return [AppendVerdict(verdict) for verdict in outcomes]
 
     async def commit(self, group: Sequence[Commit]) -> list[Committed]:
-        outcomes = await self._call("commit", group, lambda request: request.job_id, codec.commit, before_ack=True)
+        outcomes = await self._call("commit", group, codec.commit, before_ack=True)
         return [codec.committed(*outcome) for outcome in outcomes]
 
     async def release(self, group: Sequence[Release]) -> list[ReleaseVerdict]:
-        outcomes = await self._call("release", group, lambda request: request.job_id, codec.release, before_ack=True)
+        outcomes = await self._call("release", group, codec.release, before_ack=True)
         return [ReleaseVerdict(verdict) for verdict in outcomes]
 
     async def cancel(self, group: Sequence[JobId]) -> list[CancelVerdict]:
-        outcomes = await self._call("cancel", group, lambda job_id: job_id, lambda _: (), before_ack=True)
+        outcomes = await self._call("cancel", group, codec.job_id, before_ack=True)
         return [CancelVerdict(verdict) for verdict in outcomes]
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
-        outcomes = await self._call("recover", group, lambda request: request.job_id, codec.recovery)
+        outcomes = await self._call("recover", group, codec.recovery)
         return [codec.recovered(*outcome) for outcome in outcomes]
 
     # Reading ---------------------------------------------------------------------------------------
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
-        outcomes = await self._call("read", group, lambda job_id: job_id, lambda _: ())
+        outcomes = await self._call("read", group, codec.job_id)
         return [codec.record(stored) if stored else None for stored in outcomes]
 
     async def events(self, job_id: JobId, *, after: int, limit: int = 1_000) -> list[Event]:
@@ -161,19 +161,14 @@ class RedisStore:
         self,
         script: str,
         group: Sequence[RequestT],
-        job_id_of: Callable[[RequestT], JobId],
-        arguments_of: Callable[[RequestT], Sequence[codec.Argument]],
+        encode: Callable[[RequestT], codec.Request],
         *,
         before_ack: bool = False,
     ) -> list[Any]:
-        items = []
-        for request in group:
-            job_id = job_id_of(request)
-            shard, keys = self._keys(job_id)
-            items.append(Item(shard, keys, (job_id, *arguments_of(request))))
-        return await self._link.run(script, items, self._protocol, before_ack=before_ack)
+        items = [Item(*self._place(fields["id"]), fields) for fields in map(encode, group)]
+        return await self._link.run(script, items, self._common, before_ack=before_ack)
 
-    def _keys_of(self, job_id: JobId) -> tuple[int, tuple[str, ...]]:
+    def _place_of(self, job_id: JobId) -> tuple[int, tuple[str, ...]]:
         shard, topology = store_shard(job_id), self._topology
         return shard, (
             topology.job_key(job_id, "record"),
@@ -186,8 +181,8 @@ class RedisStore:
         """The first `limit` of every shard's index, with their times; each shard may hold the very first ones."""
         if limit < 1:
             return []
-        items = [Item(shard, (self._topology.shard_key(shard, index),), ()) for shard in range(NUM_STORE_SHARDS)]
-        shards = await self._link.run(index, items, (limit,))
+        items = [Item(shard, (self._topology.shard_key(shard, index),)) for shard in range(NUM_STORE_SHARDS)]
+        shards = await self._link.run(index, items, {"limit": limit})
         return [(float(at), job_id) for found in shards for job_id, at in _pairs(found)]
 
 

@@ -7,11 +7,13 @@ of every function here is a script in lua/. Called by: store.redis.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from pydantic import ValidationError
 
 from codeyard.shared.errors import MalformedMessage
-from codeyard.shared.job import MAX_TIMEOUT_S, Job
+from codeyard.shared.job import MAX_TIMEOUT_S, Job, JobId
 from codeyard.shared.record import Event, Record, Result
 from codeyard.shared.store.port import (
     Alias,
@@ -64,85 +66,103 @@ FIELDS = (  # in the order of `ALL` in lua/prelude.lua
     "result",
 )
 
-Argument = str | bytes | int
+Request = dict[str, Any]
+"""One item of a script's JSON argument; what is None in the port is left out."""
 Stored = Sequence[str | bool]
 """The fields of a hash in the order of FIELDS; False for one that is not there."""
 
 
-def protocol_arguments(timing: Timing) -> list[Argument]:
-    """What stands before the first job: durations and constants, in the prelude's order."""
-    numbers = (
-        timing.lease_s,
-        timing.grace_s,
-        timing.unpublished_s,
-        timing.queue_check_s,
-        timing.longest_run_s,
-        timing.retention_s,
-        timing.poison_after,
-        MAX_TIMEOUT_S,
-        MAX_QUEUE_CHECK_S,
-        REPUBLISH_RETRY_S,
-        NUM_RECENT,
-    )
-    return [*(repr(number) for number in numbers), NEVER_PUBLISHED]
+def protocol(timing: Timing) -> dict[str, Any]:
+    """`timing` as the scripts see it: the durations, and the constants of transitions.py."""
+    return {
+        **asdict(timing),
+        "max_timeout_s": MAX_TIMEOUT_S,
+        "max_queue_check_s": MAX_QUEUE_CHECK_S,
+        "republish_retry_s": REPUBLISH_RETRY_S,
+        "never_published": NEVER_PUBLISHED,
+        "num_recent": NUM_RECENT,
+    }
 
 
 # Requests, one function per script -----------------------------------------------------------------
 
 
-def reservation(request: Reservation) -> list[Argument]:
+def reservation(request: Reservation) -> Request:
     job = request.job
-    return [job.encode(), request.digest, request.publication, request.incarnation, repr(job.timeout_s)]
+    return {
+        "id": job.id,
+        "body": job.encode().decode(),
+        "digest": request.digest,
+        "publication": request.publication,
+        "incarnation": request.incarnation,
+        "timeout_s": job.timeout_s,
+    }
 
 
-def queued(request: Queued) -> list[Argument]:
-    return [request.publication]
+def queued(request: Queued) -> Request:
+    return {"id": request.job_id, "publication": request.publication}
 
 
-def claim(request: Claim) -> list[Argument]:
+def claim(request: Claim) -> Request:
     job = request.job
-    return [
-        job.encode(),
-        request.digest,
-        request.publication,
-        request.owner,
-        request.incarnation,
-        repr(job.timeout_s),
-        _optional(request.published_at),
-        _optional(request.deadline_at),
-    ]
+    fields = {
+        "id": job.id,
+        "body": job.encode().decode(),
+        "digest": request.digest,
+        "publication": request.publication,
+        "owner": request.owner,
+        "incarnation": request.incarnation,
+        "timeout_s": job.timeout_s,
+    }
+    if request.published_at is not None:
+        fields["published_at"] = request.published_at
+    if request.deadline_at is not None:
+        fields["deadline_at"] = request.deadline_at
+    return fields
 
 
-def renewal(request: Renewal) -> list[Argument]:
-    return [request.fence, int(request.alone)]
+def renewal(request: Renewal) -> Request:
+    return {"id": request.job_id, "fence": request.fence, "alone": request.alone}
 
 
-def append(request: Append) -> list[Argument]:
-    return [request.fence, *_events(request.events)]
+def append(request: Append) -> Request:
+    return {"id": request.job_id, "fence": request.fence, "events": _events(request.events)}
 
 
-def commit(request: Commit) -> list[Argument]:
-    result = request.result
-    return [request.fence, request.publication, result.state.value, result.encode(), *_events(request.events)]
+def commit(request: Commit) -> Request:
+    return {
+        "id": request.job_id,
+        "fence": request.fence,
+        "publication": request.publication,
+        "state": request.result.state,
+        "result": request.result.encode(),
+        "events": _events(request.events),
+    }
 
 
-def release(request: Release) -> list[Argument]:
-    return [request.fence, request.publication, repr(request.delay_s), int(request.charge)]
+def release(request: Release) -> Request:
+    return {
+        "id": request.job_id,
+        "fence": request.fence,
+        "publication": request.publication,
+        "delay_s": request.delay_s,
+        "charge": request.charge,
+    }
 
 
-def recovery(request: Recovery) -> list[Argument]:
-    return ["" if request.queue_empty is None else int(request.queue_empty)]
+def job_id(request: JobId) -> Request:
+    return {"id": request}
 
 
-def _optional(number: float | None) -> str:
-    return "" if number is None else repr(number)
+def recovery(request: Recovery) -> Request:
+    fields: Request = {"id": request.job_id}
+    if request.queue_empty is not None:
+        fields["queue_empty"] = request.queue_empty
+    return fields
 
 
-def _events(events: Sequence[Event]) -> list[Argument]:
-    arguments: list[Argument] = [len(events)]
-    for event in events:
-        arguments += (event.seq, event.encode())
-    return arguments
+def _events(events: Sequence[Event]) -> list[Request]:
+    return [{"seq": event.seq, "body": event.encode()} for event in events]
 
 
 # Outcomes ------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ Called by: store.redis. Does not know about: jobs, records.
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -52,7 +52,7 @@ class Item:
 
     shard: int
     keys: tuple[str, ...]
-    arguments: Sequence[Argument]
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class RedisLink:
         await self._client.aclose()
 
     async def run(
-        self, script: str, items: Sequence[Item], common: Sequence[Argument], *, before_ack: bool = False
+        self, script: str, items: Sequence[Item], common: Mapping[str, Any], *, before_ack: bool = False
     ) -> list[Any]:
         """One outcome per item, in order: one call, or on a cluster one for each shard there is among them.
 
@@ -136,13 +136,11 @@ class RedisLink:
 
     # One script call -------------------------------------------------------------------------------
 
-    async def _run(
-        self, name: str, items: Sequence[Item], common: Sequence[Argument], *, before_ack: bool
-    ) -> list[Any]:
+    async def _run(self, name: str, items: Sequence[Item], common: Mapping[str, Any], *, before_ack: bool) -> list[Any]:
         script = _script(name)
         keys = [key for item in items for key in item.keys]
-        arguments = [argument for item in items for argument in item.arguments]
-        rest = (len(keys), *keys, *common, *arguments)
+        body = json.dumps({**common, "requests": [item.request for item in items]}, ensure_ascii=False)
+        rest = (len(keys), *keys, body)
         send = self._send_and_wait if before_ack and self._replicas else self._send
         async with _bounded(self._timeout_s), self._free:
             try:

@@ -24,11 +24,7 @@ local function claimed(verdict, record)
   }
 end
 
-return each_job(function(job)
-  local request = {
-    body = take(), digest = take(), publication = take(), owner = take(), incarnation = take(),
-    timeout_s = take_number(), published_at = take_number(), deadline_at = take_number(),
-  }
+return each_job(function(job, request)
   local record = load_record(
     job, "state", "digest", "incarnation", "publication", "owner", "lease_until", "counter", "fence", "attempt",
     "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "deadline_at", "last_seq",

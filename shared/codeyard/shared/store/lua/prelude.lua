@@ -2,53 +2,22 @@
 -- store/transitions.py keeps at its end. That file is the specification; each script here is one
 -- function of it, in the same order of questions.
 --
--- KEYS: four for each job (record, events, due, recent).  ARGV: the protocol's durations and constants,
--- then for each job its id and its request.  Reply: one JSON text, an array with one outcome per job.
--- Numbers leave as decimal text, because cjson and tostring keep only 14 digits.
+-- KEYS: four for each job (record, events, due, recent).  ARGV: one JSON text, the protocol's numbers and
+-- the jobs' requests.  Reply: one JSON text, an array with one outcome for each job. Numbers with a
+-- fraction leave as text, because cjson and tostring keep only 14 digits.
 
 local clock = redis.call("TIME")
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 
--- The request, read from left to right --------------------------------------------------------------
-
-local taken = 0
-
-local function take()
-  taken = taken + 1
-  return ARGV[taken]
-end
-
-local function take_number()
-  return tonumber(take()) -- nil where the request leaves it out ("")
-end
-
-local function take_flag()
-  return take() == "1"
-end
-
-local function take_events()
-  local events = {}
-  for n = 1, take_number() do
-    events[n] = { seq = take_number(), text = take() }
-  end
-  return events
-end
-
-local timing = {}
-for _, name in ipairs({
-  "lease_s", "grace_s", "unpublished_s", "queue_check_s", "longest_run_s", "retention_s", "poison_after",
-  "max_timeout_s", "max_queue_check_s", "republish_retry_s", "num_recent",
-}) do
-  timing[name] = take_number()
-end
-local NEVER_PUBLISHED = take()
+local input = cjson.decode(ARGV[1])
+local timing = input.timing
 
 local function each_job(transition)
   local outcomes = {}
-  for n = 1, #KEYS / 4 do
+  for n, request in ipairs(input.requests) do
     local k = 4 * (n - 1)
-    local job = { id = take(), record = KEYS[k + 1], events = KEYS[k + 2], due = KEYS[k + 3], recent = KEYS[k + 4] }
-    outcomes[n] = transition(job)
+    local job = { record = KEYS[k + 1], events = KEYS[k + 2], due = KEYS[k + 3], recent = KEYS[k + 4], id = request.id }
+    outcomes[n] = transition(job, request)
   end
   return cjson.encode(outcomes)
 end
@@ -74,10 +43,9 @@ local function decimal(seconds)
 end
 
 local function encode(kind, value)
-  if kind == "time" then return decimal(value) end
-  if kind == "whole" then return string.format("%d", value) end
+  if kind == "time" then return value == 0 and "0" or decimal(value) end
   if kind == "flag" then return value and "1" or "0" end
-  return value
+  return value -- Redis writes whole numbers without a fraction
 end
 
 -- Asking a record for a field that was not loaded is a bug; nil would compare as "another one".
@@ -137,7 +105,7 @@ end
 
 -- For indexes and ends: whole milliseconds, which a short sorted set compares without parsing text.
 local function milliseconds(seconds)
-  return string.format("%.0f", math.ceil(seconds * 1000))
+  return math.ceil(seconds * 1000)
 end
 
 local function expire_with(record, key)
@@ -149,14 +117,14 @@ local function index_new(job, record)
   redis.call("ZREMRANGEBYRANK", job.recent, 0, -timing.num_recent - 1)
 end
 
--- Append to the stream and wake who watches the job. Entry ids are `<seq>-0`, so Redis itself refuses
+-- Append to the stream and wake who watches the job, on the channel that ends in `wake`, not `record`. Entry ids are `<seq>-0`, so Redis itself refuses
 -- a repeated or lower one.
 local function write_events(job, record, events)
   for _, event in ipairs(events) do
-    redis.call("XADD", job.events, string.format("%d-0", event.seq), "event", event.text)
+    redis.call("XADD", job.events, string.format("%d-0", event.seq), "event", event.body)
   end
   expire_with(record, job.events)
-  redis.call("PUBLISH", string.gsub(job.record, "record$", "wake"), events[#events].seq)
+  redis.call("PUBLISH", string.sub(job.record, 1, -7) .. "wake", events[#events].seq)
 end
 
 local function save(job, record, events)
@@ -194,7 +162,7 @@ end
 local function was_never_accepted(job, record)
   if record.state ~= "expired" then return false end
   local failure = cjson.decode(load_long(job, "result")).error
-  return type(failure) == "table" and failure.code == NEVER_PUBLISHED
+  return type(failure) == "table" and failure.code == timing.never_published
 end
 
 local function fresh_of(record, events)
@@ -225,7 +193,7 @@ end
 
 local function end_with(job, record, state, result, tail)
   local last = record.last_seq + #tail + 1
-  tail[#tail + 1] = { seq = last, text = string.format('{"seq":%d,"kind":"end","state":"%s"}', last, state) }
+  tail[#tail + 1] = { seq = last, body = string.format('{"seq":%d,"kind":"end","state":"%s"}', last, state) }
   change(record, {
     state = state, result = result, owner = "", lease_until = 0, finished_at = now, check_at = 0, last_seq = last,
   })

@@ -1,6 +1,6 @@
 -- A due job: expire it, leave it, or have it published again.
-return each_job(function(job)
-  local queue_empty = take() -- "1", "0", or "" where the queue was not asked about
+return each_job(function(job, request)
+  local queue_empty = request.queue_empty -- nil where the queue was not asked about
   local record = load_record(
     job, "state", "check_at", "lease_until", "cancel_requested", "deadline_at", "queued_at", "last_seq", "expires_at"
   )
@@ -9,7 +9,7 @@ return each_job(function(job)
     redis.call("ZREM", job.due, job.id) -- its keys ended with their TTL; the index would name it for ever
     return { "not_due" }
   end
-  if record.check_at > now and queue_empty == "" then return { "not_due" } end
+  if record.check_at > now and queue_empty == nil then return { "not_due" } end
   if is_live(record) then
     change(record, { check_at = record.lease_until + timing.grace_s })
     save(job, record)
@@ -24,15 +24,15 @@ return each_job(function(job)
     return { "expired" }
   end
   if record.state == "reserved" then
-    end_as(job, record, "expired", NEVER_PUBLISHED, "the broker never confirmed it; submit it again")
+    end_as(job, record, "expired", timing.never_published, "the broker never confirmed it; submit it again")
     return { "expired" }
   end
-  if record.state == "running" or queue_empty == "1" then
+  if record.state == "running" or queue_empty then
     change(record, { check_at = math.min(record.deadline_at, now + timing.republish_retry_s) })
     save(job, record)
     return { "republish", load_stored(job) }
   end
-  if queue_empty == "" then return { "ask_queue", load_stored(job) } end
+  if queue_empty == nil then return { "ask_queue", load_stored(job) } end
   local wait_s = math.min(timing.max_queue_check_s, math.max(timing.queue_check_s, now - record.queued_at))
   change(record, { check_at = math.min(record.deadline_at, now + wait_s) })
   save(job, record)

@@ -1,20 +1,19 @@
 -- New, attach, or conflict. A job that was never accepted may be submitted again under its key.
-return each_job(function(job)
-  local body, digest, publication, incarnation, timeout_s = take(), take(), take(), take(), take_number()
+return each_job(function(job, request)
   local record = load_record(job, "state", "digest", "publication")
 
   if record and not was_never_accepted(job, record) then
-    if record.digest ~= digest then return { "conflict", load_stored(job) } end
-    local own = record.publication == publication and record.state == "reserved"
+    if record.digest ~= request.digest then return { "conflict", load_stored(job) } end
+    local own = record.publication == request.publication and record.state == "reserved"
     return { own and "new" or "attached", load_stored(job) }
   end
-  local deadline_at = now + timeout_s
+  local deadline_at = now + request.timeout_s
   save(job, new_record(job, {
     state = "reserved",
-    job = body,
-    digest = digest,
-    incarnation = incarnation,
-    publication = publication,
+    job = request.body,
+    digest = request.digest,
+    incarnation = request.incarnation,
+    publication = request.publication,
     created_at = now,
     deadline_at = deadline_at,
     check_at = math.min(deadline_at, now + timing.unpublished_s),

@@ -1,0 +1,220 @@
+"""The client for asyncio programs, and what the gateway and the blocking client are made of.
+
+    async with AsyncClient("amqp://...", "redis://...") as client:
+        job = await client.submit("def add(a, b):", model="starter", idempotency_key="add-1")
+        result = await job.result(timeout=60)
+
+Without URLs it uses the settings' ones (environment, codeyard.yaml), by default the embedded file.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Any, Self
+
+from codeyard.producer.grouping import GroupingSubmitter
+from codeyard.producer.submission import Accepted, Submission, Submitter
+from codeyard.shared.broker.port import Broker, Publisher
+from codeyard.shared.connect import open_broker, open_store
+from codeyard.shared.errors import FleetError, JobNotFound
+from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
+from codeyard.shared.reading import follow, wait_final
+from codeyard.shared.record import Event, EventKind, JobStatus, Result
+from codeyard.shared.settings import Settings, load
+from codeyard.shared.store.port import CancelVerdict, Store
+from codeyard.shared.topology import Topology
+
+OpenPublisher = Callable[[Settings, Topology], Awaitable[Publisher]]
+
+
+class AsyncClient:
+    """Submits and reads jobs. Any number of tasks may use one client at once; make one per process.
+
+    `timeout_s` bounds every submission, retries included. Errors: codeyard.shared.errors, each named
+    for what to do next; docs/clients.md is the table.
+    """
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        store_url: str | None = None,
+        *,
+        namespace: str | None = None,
+        tenant: str = "default",
+        settings: Settings | None = None,
+        timeout_s: float = 15.0,
+        open_publisher: OpenPublisher | None = None,
+    ) -> None:
+        self.settings = with_urls(settings or load(), broker_url, store_url, namespace)
+        self.topology = Topology(self.settings.namespace)
+        self._tenant = tenant
+        self._timeout_s = timeout_s
+        self._open_publisher = open_publisher or _open_broker
+        self._stack = AsyncExitStack()
+        self._publisher: Publisher | None = None
+        self._store: Store | None = None
+        self._submitter: GroupingSubmitter | None = None
+
+    async def open(self) -> Self:
+        """Connect. Raises BrokerUnavailable, StoreUnavailable, SettingsError."""
+        try:
+            self._store = await open_store(self.settings.store, self.topology)
+            self._stack.push_async_callback(self._store.close)
+            self._publisher = await self._open_publisher(self.settings, self.topology)
+            self._stack.push_async_callback(self._publisher.close)
+            submitter = Submitter(
+                self._publisher,
+                self._store,
+                self.topology,
+                publish_timeout_s=min(self.settings.broker.publish_timeout_s, self._timeout_s),
+            )
+            grouping = GroupingSubmitter(submitter, timeout_s=self._timeout_s)
+            self._submitter = await self._stack.enter_async_context(grouping)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            raise FleetError("the client is not open: use `async with AsyncClient(...)` or await client.open()")
+        return self._store
+
+    @property
+    def publisher(self) -> Publisher:
+        if self._publisher is None:
+            raise FleetError("the client is not open: use `async with AsyncClient(...)` or await client.open()")
+        return self._publisher
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "starter",
+        lane: Lane | str = Lane.STANDARD,
+        idempotency_key: str | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        stream: bool = False,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
+        traceparent: str | None = None,
+    ) -> "AsyncJob":
+        """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
+        job there. Raises IdempotencyConflict, QueueFull, UnknownModel, InvalidJob, BrokerUnavailable,
+        StoreUnavailable."""
+        submission = Submission(
+            prompt=prompt,
+            model=model,
+            lane=lane,
+            idempotency_key=idempotency_key,
+            sampling=sampling if sampling is not None else Sampling(),
+            stream=stream,
+            timeout_s=timeout_s,
+            tenant=tenant or self._tenant,
+            metadata=metadata or {},
+            traceparent=traceparent,
+        )
+        self.store  # noqa: B018 - says so if the client is not open
+        assert self._submitter is not None
+        outcome = await self._submitter.submit(submission)
+        if isinstance(outcome, FleetError):
+            raise outcome
+        return AsyncJob(self, outcome)
+
+    async def submit_many(self, group: Sequence[Submission]) -> "list[AsyncJob | FleetError]":
+        """One outcome per submission, in order; confirms are pipelined. Raises nothing for a single one."""
+        self.store  # noqa: B018
+        assert self._submitter is not None
+        mine = [one if one.tenant != "default" else replace(one, tenant=self._tenant) for one in group]
+        outcomes = await self._submitter.submit_many(mine)
+        return [AsyncJob(self, one) if isinstance(one, Accepted) else one for one in outcomes]
+
+    async def status(self, job_id: JobId) -> JobStatus:
+        """What is known of a job now. Raises JobNotFound, StoreUnavailable."""
+        [record] = await self.store.read([job_id])
+        if record is None:
+            raise JobNotFound(job_id)
+        return JobStatus.of(record)
+
+    async def wait(self, job_id: JobId, timeout: float) -> JobStatus:
+        """The status once the job is final. Raises ResultTimeout, JobNotFound, StoreUnavailable."""
+        return JobStatus.of(await wait_final(self.store, job_id, timeout))
+
+    async def result(self, job_id: JobId, timeout: float = 60.0) -> Result:
+        """The committed result, whatever the final state is: look at `result.state`. Raises as `wait`."""
+        result = (await self.wait(job_id, timeout)).result
+        assert result is not None, "a final record has its result"
+        return result
+
+    def stream(self, job_id: JobId, after: int = 0) -> AsyncGenerator[Event, None]:
+        """Events with `seq > after` to the `end` event; go on after a break with the last `seq` you saw."""
+        return follow(self.store, job_id, after=after)
+
+    async def cancel(self, job_id: JobId) -> CancelVerdict:
+        """Ask for a job's end. Raises JobNotFound, StoreUnavailable."""
+        [verdict] = await self.store.cancel([job_id])
+        if verdict is CancelVerdict.MISSING:
+            raise JobNotFound(job_id)
+        return verdict
+
+    async def recent(self, limit: int = 20) -> list[JobStatus]:
+        """The newest jobs, newest first."""
+        return [JobStatus.of(record) for record in await self.store.recent(limit)]
+
+
+class AsyncJob:
+    """An accepted job. `attached`: it was there before, under the same key."""
+
+    def __init__(self, client: AsyncClient, accepted: Accepted) -> None:
+        self._client = client
+        self.id: JobId = accepted.record.id
+        self.attached = accepted.attached
+        self.accepted_status = JobStatus.of(accepted.record)
+
+    async def result(self, timeout: float = 60.0) -> Result:
+        return await self._client.result(self.id, timeout)
+
+    async def status(self) -> JobStatus:
+        return await self._client.status(self.id)
+
+    def stream(self, after: int = 0) -> AsyncIterator[Event]:
+        return self._client.stream(self.id, after)
+
+    async def text_stream(self) -> AsyncIterator[str]:
+        """Pieces of text as they come. Raises FleetError where generation began again: what was yielded is
+        void then, and only `stream` can say so in its place."""
+        async for event in self.stream():
+            if event.kind is EventKind.RESTARTED:
+                raise FleetError(f"job {self.id} was generated anew; read it with stream(), which tells where")
+            if event.text:
+                yield event.text
+
+    async def cancel(self) -> CancelVerdict:
+        return await self._client.cancel(self.id)
+
+
+def with_urls(settings: Settings, broker_url: str | None, store_url: str | None, namespace: str | None) -> Settings:
+    """The settings with what a caller gave instead, checked again."""
+    changed: dict[str, Any] = {}
+    if broker_url is not None:
+        changed["broker"] = type(settings.broker).model_validate({**dict(settings.broker), "url": broker_url})
+    if store_url is not None:
+        changed["store"] = type(settings.store).model_validate({**dict(settings.store), "url": store_url})
+    if namespace is not None:
+        changed["namespace"] = namespace
+    return settings.model_copy(update=changed)
+
+
+async def _open_broker(settings: Settings, topology: Topology) -> Broker:
+    return await open_broker(settings.broker, topology)
