@@ -38,6 +38,10 @@ class WeightedLanes:
     def window(self) -> int:
         return self._slots
 
+    def resize(self, slots: int) -> None:
+        """Another window from the next decision on; what runs above it runs on."""
+        self._slots = slots
+
     def offer(self, job: Candidate, now_s: float) -> None:
         if job.suspect:
             self._suspects.add(job)

@@ -1,0 +1,1 @@
+"""A discrete-event simulator of a fleet. It drives the very policy objects the worker runs."""
