@@ -67,7 +67,8 @@ FIELDS = (  # in the order of `ALL` in lua/prelude.lua
 )
 
 Request = dict[str, Any]
-"""One item of a script's JSON argument; what is None in the port is left out."""
+"""One item of a script's JSON argument; what is None in the port is left out. Long texts are bytes:
+they travel beside the JSON, as they are."""
 Stored = Sequence[str | bool]
 """The fields of a hash in the order of FIELDS; False for one that is not there."""
 
@@ -91,7 +92,7 @@ def reservation(request: Reservation) -> Request:
     job = request.job
     return {
         "id": job.id,
-        "body": job.encode().decode(),
+        "body": job.encode(),
         "digest": request.digest,
         "publication": request.publication,
         "incarnation": request.incarnation,
@@ -107,7 +108,7 @@ def claim(request: Claim) -> Request:
     job = request.job
     fields = {
         "id": job.id,
-        "body": job.encode().decode(),
+        "body": job.encode(),
         "digest": request.digest,
         "publication": request.publication,
         "owner": request.owner,
@@ -135,7 +136,7 @@ def commit(request: Commit) -> Request:
         "fence": request.fence,
         "publication": request.publication,
         "state": request.result.state,
-        "result": request.result.encode(),
+        "result": request.result.encode().encode(),
         "events": _events(request.events),
     }
 
@@ -162,7 +163,7 @@ def recovery(request: Recovery) -> Request:
 
 
 def _events(events: Sequence[Event]) -> list[Request]:
-    return [{"seq": event.seq, "body": event.encode()} for event in events]
+    return [{"seq": event.seq, "body": event.encode().encode()} for event in events]
 
 
 # Outcomes ------------------------------------------------------------------------------------------

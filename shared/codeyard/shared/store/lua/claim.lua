@@ -6,7 +6,7 @@ local function from_message(job, request)
   local deadline_at = math.min(asked, now + timing.max_timeout_s)
   return new_record(job, {
     state = "queued",
-    job = request.body,
+    job = ARGV[request.body],
     digest = request.digest,
     incarnation = request.incarnation ~= "" and request.incarnation or request.publication,
     publication = request.publication,

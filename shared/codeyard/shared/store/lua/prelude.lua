@@ -3,7 +3,7 @@
 -- function of it, in the same order of questions.
 --
 -- KEYS: four for each job (record, events, due, recent).  ARGV: one JSON text, the protocol's numbers and
--- the jobs' requests.  Reply: one JSON text, an array with one outcome for each job. Numbers with a
+-- the jobs' requests; then the long texts, which a request names by their place in ARGV.  Reply: one JSON text, an array with one outcome for each job. Numbers with a
 -- fraction leave as text, because cjson and tostring keep only 14 digits.
 
 local clock = redis.call("TIME")
@@ -121,7 +121,7 @@ end
 -- a repeated or lower one.
 local function write_events(job, record, events)
   for _, event in ipairs(events) do
-    redis.call("XADD", job.events, string.format("%d-0", event.seq), "event", event.body)
+    redis.call("XADD", job.events, string.format("%d-0", event.seq), "event", event.text or ARGV[event.body])
   end
   expire_with(record, job.events)
   redis.call("PUBLISH", string.sub(job.record, 1, -7) .. "wake", events[#events].seq)
@@ -193,7 +193,7 @@ end
 
 local function end_with(job, record, state, result, tail)
   local last = record.last_seq + #tail + 1
-  tail[#tail + 1] = { seq = last, body = string.format('{"seq":%d,"kind":"end","state":"%s"}', last, state) }
+  tail[#tail + 1] = { seq = last, text = string.format('{"seq":%d,"kind":"end","state":"%s"}', last, state) }
   change(record, {
     state = state, result = result, owner = "", lease_until = 0, finished_at = now, check_at = 0, last_seq = last,
   })

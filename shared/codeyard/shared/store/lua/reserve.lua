@@ -10,7 +10,7 @@ return each_job(function(job, request)
   local deadline_at = now + request.timeout_s
   save(job, new_record(job, {
     state = "reserved",
-    job = request.body,
+    job = ARGV[request.body],
     digest = request.digest,
     incarnation = request.incarnation,
     publication = request.publication,
