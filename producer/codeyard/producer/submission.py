@@ -266,6 +266,9 @@ async def _within(until_s: float, call: Callable[[], Awaitable[T]]) -> T:
     )
     try:
         async with asyncio.timeout(max(0.05, until_s - time.monotonic())):
-            return await retrying(call)
+            async for attempt in retrying:
+                with attempt:
+                    return await call()
     except TimeoutError:
-        raise StoreUnavailable("no answer in time") from None
+        pass
+    raise StoreUnavailable("no answer in time")

@@ -69,4 +69,7 @@ async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
         stop=stop_after_delay(STORE_AWAY_S),
         reraise=True,
     )
-    return await retrying(call)
+    async for attempt in retrying:
+        with attempt:
+            return await call()
+    raise AssertionError("tenacity returns or raises")

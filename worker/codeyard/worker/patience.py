@@ -27,7 +27,10 @@ async def persist(call: Callable[[], Awaitable[T]]) -> T:
         before_sleep=_say_so,
         reraise=True,
     )
-    return await retrying(call)
+    async for attempt in retrying:
+        with attempt:
+            return await call()
+    raise AssertionError("tenacity returns or raises")
 
 
 def _say_so(state: RetryCallState) -> None:

@@ -181,7 +181,7 @@ async def run_worker(
     Raises EngineUnavailable if the engine cannot be started here, SettingsError for unusable settings.
     """
     topology = Topology(settings.namespace)
-    alias, source = parse_model(settings.worker.model)
+    source = parse_model(settings.worker.model)
 
     async def start() -> Engine:
         return await start_engine(settings.worker.engine, source, settings.engine)
@@ -193,4 +193,4 @@ async def run_worker(
         stack.push_async_callback(broker.close)
         store = await persist(lambda: open_store(settings.store, topology))
         stack.push_async_callback(store.close)
-        await Worker(settings, broker, store, engine, alias).serve(start, stop, on_ready)
+        await Worker(settings, broker, store, engine, source.alias).serve(start, stop, on_ready)
