@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Self
 
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
-from aiormq.abc import AbstractChannel
+from aiormq.channel import Channel
 
 from codeyard.shared.broker.port import Message, PublishOutcome
 from codeyard.shared.broker.rabbitmq_consumer import RabbitConsumer
@@ -31,7 +31,7 @@ class RabbitBroker:
         self._link = Link(settings, purpose="publisher")
         self._publisher = GroupPublisher(self._link)
         self._asking = asyncio.Lock()
-        self._scratch: AbstractChannel | None = None  # to ask on: a question about a missing queue ends the channel
+        self._scratch: Channel | None = None  # to ask on: a question about a missing queue ends the channel
         self._consumers: list[RabbitConsumer] = []
 
     @classmethod
@@ -98,7 +98,7 @@ class RabbitBroker:
             async with asyncio.timeout(self._timeout_s):
                 yield
 
-    async def _declare_on(self, channel: AbstractChannel, names: Sequence[str]) -> None:
+    async def _declare_on(self, channel: Channel, names: Sequence[str]) -> None:
         try:
             with translated("cannot declare queues"):
                 for exchange in exchanges(self._topology):
@@ -123,7 +123,7 @@ class RabbitBroker:
             return 0
         return answer.message_count or 0
 
-    async def _scratch_channel(self) -> AbstractChannel:
+    async def _scratch_channel(self) -> Channel:
         if self._scratch is None or self._scratch.is_closed:
             self._scratch = await self._link.channel()
         return self._scratch

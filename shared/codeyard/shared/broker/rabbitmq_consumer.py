@@ -18,7 +18,8 @@ from datetime import datetime
 from typing import NamedTuple
 
 from aio_pika.exceptions import ChannelNotFoundEntity
-from aiormq.abc import AbstractChannel, DeliveredMessage
+from aiormq.abc import DeliveredMessage
+from aiormq.channel import Channel
 from pamqp.base import Frame
 
 from codeyard.shared.broker.backoff import LONGEST_S, backoff_s
@@ -29,7 +30,7 @@ from codeyard.shared.errors import BrokerUnavailable
 
 log = logging.getLogger(__name__)
 
-Declare = Callable[[AbstractChannel, Sequence[str]], Awaitable[None]]
+Declare = Callable[[Channel, Sequence[str]], Awaitable[None]]
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +38,7 @@ class _Subscription:
     """One queue on one channel. Delivery numbers count from 1 on each channel and mean nothing on another."""
 
     queue: str
-    channel: AbstractChannel
+    channel: Channel
     tag: str
     unacked: set[int] = field(default_factory=set)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)  # by the server
@@ -210,7 +211,7 @@ class RabbitConsumer:
             cancelled.cancel()
         await self._hang_up(subscription.channel)
 
-    async def _hang_up(self, channel: AbstractChannel) -> None:
+    async def _hang_up(self, channel: Channel) -> None:
         try:
             with translated("closing a channel"):
                 await channel.close(timeout=self._timeout_s)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 import aio_pika
@@ -18,8 +19,8 @@ from aio_pika.exceptions import (
     InvalidFrameError,
     ProbableAuthenticationError,
 )
-from aiormq.abc import AbstractChannel
 from aiormq.abc import AbstractConnection as Wire
+from aiormq.channel import Channel
 
 from codeyard.shared.broker.backoff import backoff_s
 from codeyard.shared.errors import BrokerUnavailable
@@ -92,10 +93,13 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 return await self.connect()
         except TimeoutError:
-            where = masked(self._url)
-            raise BrokerUnavailable(f"no connection to {where} within {timeout_s:.3g} s: {self._trouble}") from None
+            raise self.unreachable() from None
 
-    async def channel(self) -> AbstractChannel:
+    def unreachable(self) -> BrokerUnavailable:
+        """To raise when the time is over: says what the last trouble was."""
+        return BrokerUnavailable(f"no connection to {masked(self._url)} in time ({self._trouble})")
+
+    async def channel(self) -> Channel:
         """A fresh channel with confirms, unroutable messages raised. Bound it with `asyncio.timeout`.
 
         A channel of aio-pika's lower layer: only that one can publish without waiting for the socket
@@ -104,7 +108,7 @@ class Link:
         wire = await self.connect()
         with translated("cannot open a channel"):
             await wire.ready()  # unbounded while the broker has blocked publishers
-            return await wire.channel(on_return_raises=True)
+            return cast(Channel, await wire.channel(on_return_raises=True))
 
     async def close(self) -> None:
         """Hang up. Bounded: a peer that does not answer is left to its socket."""

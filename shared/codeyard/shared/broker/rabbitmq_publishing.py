@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import Sequence
 
 from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError, PublishError
-from aiormq.abc import AbstractChannel
+from aiormq.channel import Channel
 from pamqp.commands import Basic
 
 from codeyard.shared.broker.port import PublishOutcome
-from codeyard.shared.broker.rabbitmq_link import LIBRARY_ERRORS, Link, cancelled_from_outside, translated
+from codeyard.shared.broker.rabbitmq_link import LIBRARY_ERRORS, Link, cancelled_from_outside
 from codeyard.shared.broker.rabbitmq_topology import CONTENT_TYPE, MESSAGE_TYPE, PERSISTENT, Outgoing, now
 from codeyard.shared.errors import BrokerUnavailable
 
@@ -24,7 +24,7 @@ class GroupPublisher:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._opening = asyncio.Lock()
-        self._channel: AbstractChannel | None = None
+        self._channel: Channel | None = None
         self._in_flight: dict[str, asyncio.Future[None]] = {}  # by message id; see _after_its_twin
 
     async def publish(self, group: Sequence[Outgoing], *, timeout_s: float) -> list[PublishOutcome]:
@@ -42,17 +42,17 @@ class GroupPublisher:
             outcomes += await self._publish_window(channel, window, deadline)
         return outcomes
 
-    async def _open_channel(self, deadline: float) -> AbstractChannel:
-        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        with translated("no channel to publish on"):
+    async def _open_channel(self, deadline: float) -> Channel:
+        try:
             async with asyncio.timeout_at(deadline), self._opening:
                 if self._channel is None or self._channel.is_closed:
-                    await self._link.connect_within(left_s)
                     self._channel = await self._link.channel()
                 return self._channel
+        except TimeoutError:
+            raise self._link.unreachable() from None
 
     async def _publish_window(
-        self, channel: AbstractChannel, window: Sequence[Outgoing], deadline: float
+        self, channel: Channel, window: Sequence[Outgoing], deadline: float
     ) -> list[PublishOutcome]:
         # Tasks start in the order they are made and queue for the channel's lock, which keeps the group's order.
         tasks = [asyncio.create_task(self._publish_one(channel, item)) for item in window]
@@ -64,7 +64,7 @@ class GroupPublisher:
                 await asyncio.gather(*late, return_exceptions=True)
         return [PublishOutcome.UNKNOWN if task.cancelled() else task.result() for task in tasks]
 
-    async def _publish_one(self, channel: AbstractChannel, item: Outgoing) -> PublishOutcome:
+    async def _publish_one(self, channel: Channel, item: Outgoing) -> PublishOutcome:
         message = item.message
         settled = await self._after_its_twin(message.message_id)
         try:
