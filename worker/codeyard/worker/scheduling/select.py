@@ -2,15 +2,21 @@
 
 from codeyard.shared.settings import AdmissionSettings
 from codeyard.worker.engines.port import EngineInfo
+from codeyard.worker.scheduling.adaptive import AdaptiveScheduler
 from codeyard.worker.scheduling.port import Scheduler
+from codeyard.worker.scheduling.straight import Straight
 from codeyard.worker.scheduling.weighted import WeightedLanes
 
 
 def make_scheduler(settings: AdmissionSettings, info: EngineInfo) -> Scheduler:
     """A fresh policy object for one loaded engine; make another when the engine is replaced."""
-    return WeightedLanes(
-        slots=info.max_running,
-        continuous=info.continuous,
-        shares=settings.shares,
-        linger_s=settings.linger_s,
-    )
+    if settings.policy == "straight":
+        return Straight()
+    if settings.policy == "fixed":
+        return WeightedLanes(
+            slots=min(settings.window or info.max_running, info.max_running),
+            continuous=info.continuous,
+            shares=settings.shares,
+            linger_s=settings.linger_s,
+        )
+    return AdaptiveScheduler(settings, slots=info.max_running, continuous=info.continuous)

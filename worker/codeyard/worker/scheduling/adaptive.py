@@ -1,0 +1,348 @@
+"""The policy: a window that follows the queue and the promises, shared by lanes, fair to tenants.
+
+Each decision answers four questions, in this order; every formula is derived where it lives.
+
+1. *How wide?* (window.py, on the constants fitted in step_time.py.) With B the strictest promise per
+   token among the lanes that have work, less a margin, `widest` jobs run; without such a lane, as many
+   as the engine has slots. Narrowing counts at once, widening after `calm_s` without such work. Nothing
+   is admitted while the KV cache is nearly full.
+2. *How fast?* A full window admitted at once stalls everybody while it is prefilled. While B holds,
+   prompts are paced to `prompt_room` tokens per step; always, the prompts admitted that have no token
+   yet stay below what can be prefilled within a part of the strictest promise to the first token, so
+   that an urgent job never finds a long line inside the engine. A job that has waited a good part of its own promise
+   no longer waits for the pace.
+3. *Who?* The lane whose turn it is by weight (lanes.py), in it the tenant served least (tenants.py), of
+   it the oldest job. Bulk leaves some slots free for the lanes above. A lane's head that was in hand for
+   `starvation_s` goes first.
+4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
+   head waits and no slot is left, the youngest bulk jobs are preempted: they have the least to lose.
+   At most `preempt_share` of what runs, once per `calm_s`: each has to be prefilled again.
+
+An engine that takes closed batches gets the same answers when it is empty, after a linger counted from
+the first job in hand. Suspects run apart (suspects.py).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from codeyard.shared.job import JobId, Lane
+from codeyard.shared.settings import AdmissionSettings, Promise
+from codeyard.worker.scheduling.lanes import LaneTurns
+from codeyard.worker.scheduling.port import Candidate, Decision, EngineLoad
+from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, StepCost, StepTime
+from codeyard.worker.scheduling.suspects import Quarantine
+from codeyard.worker.scheduling.tenants import FIRST_GUESS, Tenants
+from codeyard.worker.scheduling.window import prompt_room, widest
+
+LINE_SHARE = 0.4  # of the strictest promise to the first token: prompts inside the engine without a token
+PATIENCE_SHARE = 0.33  # of its own promise to the first token: then a job no longer waits for the pace
+PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
+OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
+_MIX = 0.01  # weight of the newest job in the means of prompts and completions
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job in the engine. `mark_*` is where the observation of its steps began."""
+
+    job: Candidate
+    cost: float  # charged at admission
+    tokens: int = 0
+    mark_s: float = 0.0
+    mark_tokens: int = 0
+    mark_job_s: float = 0.0
+    mark_prompts: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Of one decision. `budget_s` is None while no lane with a promise per token has work."""
+
+    window: int
+    budget_s: float | None
+    cost: StepCost
+
+
+class AdaptiveScheduler:
+    """See the module. `slots` and `continuous` describe the engine."""
+
+    def __init__(self, settings: AdmissionSettings, *, slots: int, continuous: bool) -> None:
+        self._settings = settings
+        self._slots = slots
+        self._continuous = continuous
+        self._promises = {lane: settings.promises.get(lane, Promise()) for lane in Lane}
+        firsts = [promise.first_token_s for promise in self._promises.values() if promise.first_token_s]
+        self._first_token_s = min(firsts, default=math.inf)
+        self._turns = LaneTurns(settings.shares)
+        self._lanes = {lane: Tenants(settings.tenant_weights) for lane in Lane}
+        self._in_hand_s: dict[Lane, dict[JobId, float]] = {lane: {} for lane in Lane}  # oldest first
+        self._suspects = Quarantine(slots=slots)
+        self._apart = False
+        self._running: dict[JobId, _Run] = {}
+        self._count: dict[Lane, int] = dict.fromkeys(Lane, 0)  # running
+        self._bulk: dict[JobId, None] = {}  # running, youngest last
+        self._preempting: set[JobId] = set()
+        self._step = StepTime()
+        self._now_s = 0.0
+        self._job_s = 0.0  # integral of running jobs over time
+        self._prompts = 0.0  # prompt tokens prefilled so far
+        self._line = 0  # prompt tokens admitted that have no token yet
+        self._room = 0.0  # prompt tokens the pace allows now; negative is a debt
+        self._mean_prompt = 0.0
+        self._mean_completion = FIRST_GUESS
+        self._seen_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # when the lane last had work
+        self._preempted_s = -math.inf
+        self._since_s: float | None = None  # closed batches: when the first waiting job came in hand
+        self._window = slots
+
+    @property
+    def window(self) -> int:
+        return self._window
+
+    # What happens -----------------------------------------------------------------------------------
+
+    def offer(self, job: Candidate, now_s: float) -> None:
+        self._advance(now_s)
+        if job.suspect:
+            self._suspects.add(job)
+        else:
+            self._lanes[job.lane].add(job)
+            self._in_hand_s[job.lane][job.job_id] = now_s
+        if self._since_s is None:
+            self._since_s = now_s
+
+    def withdraw(self, job_id: JobId, now_s: float) -> None:
+        self._advance(now_s)
+        if self._suspects.remove(job_id) is None:
+            for lane, tenants in self._lanes.items():
+                if tenants.remove(job_id) is not None:
+                    del self._in_hand_s[lane][job_id]
+        if not self._waiting():
+            self._since_s = None
+
+    def progressed(self, job_id: JobId, tokens: int, now_s: float) -> None:
+        self._advance(now_s)
+        run = self._running.get(job_id)
+        if run is None or tokens < 1:
+            return
+        if run.tokens == 0:
+            self._line -= run.job.prompt_tokens
+            self._prompts += run.job.prompt_tokens
+            self._mark(run, tokens)
+        run.tokens += tokens
+        steps = run.tokens - run.mark_tokens
+        if steps >= OBSERVE_TOKENS:
+            self._observe(run, steps)
+
+    def ended(self, job_id: JobId, now_s: float) -> None:
+        self._advance(now_s)
+        run = self._running.pop(job_id, None)
+        if run is None:
+            return
+        job, tenants = run.job, self._lanes[run.job.lane]
+        self._count[job.lane] -= 1
+        self._bulk.pop(job_id, None)
+        if run.tokens == 0:
+            self._line -= job.prompt_tokens
+        tenants.charge(job.tenant, job.prompt_tokens + 2.0 * run.tokens - run.cost)
+        if job_id in self._preempting:
+            self._preempting.discard(job_id)
+        elif run.tokens:
+            tenants.learn(job.tenant, run.tokens)
+            self._mean_completion += _MIX * (run.tokens - self._mean_completion)
+
+    # What to do -------------------------------------------------------------------------------------
+
+    def decide(self, now_s: float, backlog: Mapping[Lane, int], load: EngineLoad) -> Decision:
+        self._advance(now_s)
+        if not self._running:
+            self._apart = False
+        if self._apart:
+            return Decision()
+        if len(self._suspects):
+            return self._admit_suspects()
+        limits = self._limits(backlog)
+        preempt = self._preempt(limits)
+        if self._full(load):
+            return Decision(preempt=preempt)
+        if not self._continuous and self._waiting():
+            if self._running:
+                return Decision()
+            left_s = self._linger_left(limits, backlog)
+            if left_s > 0:
+                return Decision(wake_in_s=left_s)
+        admit, wake_in_s = self._admit(limits)
+        return Decision(admit=admit, preempt=preempt, wake_in_s=wake_in_s)
+
+    def _limits(self, backlog: Mapping[Lane, int]) -> _Limits:
+        """Question 1."""
+        budgets = []
+        for lane, promise in self._promises.items():
+            if self._count[lane] or self._lanes[lane] or backlog.get(lane, 0):
+                self._seen_s[lane] = self._now_s
+            if promise.per_token_s and self._now_s - self._seen_s[lane] <= self._settings.calm_s:
+                budgets.append(promise.per_token_s)
+        cost = self._step.cost
+        if not budgets:
+            self._window = self._slots
+            return _Limits(self._slots, None, cost)
+        budget_s = self._settings.margin * min(budgets)
+        ratio = self._mean_prompt / self._mean_completion if self._continuous else 0.0
+        window = min(self._slots, widest(cost, budget_s=budget_s, prompt_per_token=ratio))
+        if abs(window - self._window) > 0.03 * self._window or window == self._slots:
+            self._window = window  # smaller moves are noise of the fit
+        self._refill(budget_s, cost)
+        return _Limits(self._window, budget_s, cost)
+
+    def _admit(self, limits: _Limits) -> tuple[tuple[JobId, ...], float | None]:
+        """Questions 2 and 3: the jobs, and when to ask again if the pace held one back."""
+        admitted: list[JobId] = []
+        held = math.ceil(self._settings.held_slots * limits.window) if self._first_token_s < math.inf else 0
+        while (free := limits.window - len(self._running)) > 0:
+            lanes = [
+                lane for lane, waiting in self._lanes.items() if waiting and (lane is not Lane.BULK or free > held)
+            ]
+            starving = self._starving()
+            if not lanes and starving is None:
+                break
+            lane = starving or self._turns.next(lanes)
+            job = self._lanes[lane].next()
+            assert job is not None  # the lane has work
+            wait_s = 0.0 if starving else self._pace_s(job, limits)
+            if wait_s > 0:
+                patient = [other for other in lanes if other is not lane and self._impatient(other)]
+                if not patient:
+                    return tuple(admitted), None if math.isinf(wait_s) else wait_s
+                lane = patient[0]
+            admitted.append(self._start(lane))
+        return tuple(admitted), None
+
+    def _pace_s(self, job: Candidate, limits: _Limits) -> float:
+        """Seconds until the pace lets this job through; infinite if it waits for tokens to come, not for time."""
+        if self._line == 0 and self._room >= 0:
+            return 0.0
+        line = LINE_SHARE * self._first_token_s / limits.cost.per_prompt_token_s
+        if self._line and self._line + job.prompt_tokens > line:
+            return math.inf
+        if limits.budget_s is None or self._room >= 0 or self._impatient(job.lane):
+            return 0.0
+        room = prompt_room(limits.cost, budget_s=limits.budget_s, running=len(self._running))
+        return -self._room / room * limits.budget_s + 1e-6
+
+    def _impatient(self, lane: Lane) -> bool:
+        """Has the head of this lane waited for a good part of its promise?"""
+        promise_s = self._promises[lane].first_token_s
+        job = self._lanes[lane].next()
+        return bool(promise_s) and job is not None and self._now_s - job.submitted_s > PATIENCE_SHARE * promise_s
+
+    def _starving(self) -> Lane | None:
+        """A lane whose oldest job was in hand for too long."""
+        for lane, since in self._in_hand_s.items():
+            oldest_s = next(iter(since.values()), None)
+            if oldest_s is not None and self._now_s - oldest_s >= self._settings.starvation_s:
+                return lane
+        return None
+
+    def _start(self, lane: Lane) -> JobId:
+        tenants = self._lanes[lane]
+        job = tenants.take()
+        del self._in_hand_s[lane][job.job_id]
+        cost = tenants.cost(job)
+        tenants.charge(job.tenant, cost)
+        self._turns.charge(lane, cost)
+        self._enter(job, cost)
+        return job.job_id
+
+    def _enter(self, job: Candidate, cost: float) -> None:
+        self._running[job.job_id] = _Run(job, cost)
+        self._count[job.lane] += 1
+        if job.lane is Lane.BULK:
+            self._bulk[job.job_id] = None
+        self._line += job.prompt_tokens
+        self._room -= job.prompt_tokens
+        first = self._mean_prompt == 0.0
+        self._mean_prompt = (
+            job.prompt_tokens if first else self._mean_prompt + _MIX * (job.prompt_tokens - self._mean_prompt)
+        )
+        if not self._waiting():
+            self._since_s = None
+
+    def _preempt(self, limits: _Limits) -> tuple[JobId, ...]:
+        """Question 4."""
+        if not self._bulk or not self._continuous or self._now_s - self._preempted_s < self._settings.calm_s:
+            return ()
+        excess = 0
+        if limits.budget_s is not None and len(self._running) > OVERSHOOT * limits.window:
+            excess = len(self._running) - limits.window
+        else:
+            late = sum(
+                len(self._lanes[lane]) for lane in self._lanes if lane is not Lane.BULK and self._impatient(lane)
+            )
+            excess = late - max(0, limits.window - len(self._running))
+        most = int(self._settings.preempt_share * len(self._running))
+        chosen = list(reversed(self._bulk))[: max(0, min(excess, most))]
+        if chosen:
+            self._preempted_s = self._now_s
+            self._preempting.update(chosen)
+            for job_id in chosen:
+                del self._bulk[job_id]
+        return tuple(chosen)
+
+    def _admit_suspects(self) -> Decision:
+        if self._running:
+            return Decision()
+        self._apart = True
+        group = self._suspects.take_group()
+        for job in group:
+            cost = self._lanes[job.lane].cost(job)
+            self._lanes[job.lane].charge(job.tenant, cost)
+            self._enter(job, cost)
+        return Decision(admit=tuple(job.job_id for job in group))
+
+    # Keeping count ----------------------------------------------------------------------------------
+
+    def _advance(self, now_s: float) -> None:
+        elapsed_s = now_s - self._now_s
+        if elapsed_s > 0:
+            self._job_s += elapsed_s * len(self._running)
+            self._now_s = now_s
+
+    def _mark(self, run: _Run, tokens: int) -> None:
+        run.mark_s = self._now_s
+        run.mark_tokens = run.tokens + tokens
+        run.mark_job_s = self._job_s
+        run.mark_prompts = self._prompts
+
+    def _observe(self, run: _Run, steps: int) -> None:
+        elapsed_s = self._now_s - run.mark_s
+        if elapsed_s > 0:
+            self._step.observe(
+                steps=steps,
+                elapsed_s=elapsed_s,
+                jobs=(self._job_s - run.mark_job_s) / elapsed_s,
+                prompt_tokens=self._prompts - run.mark_prompts,
+                now_s=self._now_s,
+            )
+        self._mark(run, 0)
+
+    def _refill(self, budget_s: float, cost: StepCost) -> None:
+        room = prompt_room(cost, budget_s=budget_s, running=len(self._running))
+        elapsed_s = self._now_s - self._refilled_s
+        self._room = min(PACE_STEPS * room, self._room + room * elapsed_s / budget_s)
+        self._refilled_s = self._now_s
+
+    _refilled_s = 0.0
+
+    def _full(self, load: EngineLoad) -> bool:
+        """Is the KV cache so full that what runs needs the rest?"""
+        used = load.kv_cache_used
+        return used is not None and used >= self._settings.kv_cache_cap and bool(self._running)
+
+    def _linger_left(self, limits: _Limits, backlog: Mapping[Lane, int]) -> float:
+        if self._waiting() >= limits.window or not any(backlog.values()) or self._since_s is None:
+            return 0.0
+        return self._since_s + self._settings.linger_s - self._now_s
+
+    def _waiting(self) -> int:
+        return len(self._suspects) + sum(map(len, self._lanes.values()))
