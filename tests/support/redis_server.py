@@ -1,0 +1,104 @@
+"""A Redis server of a test's own: to be configured, killed, paused, filled up and started again."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis import exceptions
+from redis.asyncio import Redis
+
+START_S = 10.0
+
+
+class RedisServer:
+    """`redis-server` in `folder`; `options` are its command line, e.g. ("--appendonly", "yes")."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        self.options = options
+        self.port = free_port()
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def start(self, *more: str, answering: bool = True) -> None:
+        """Start, and wait until it answers a PING; without `answering`, until it listens."""
+        binary = shutil.which("redis-server")
+        if binary is None:
+            if os.environ.get("CI"):
+                pytest.fail("redis-server is not installed")
+            pytest.skip("redis-server is not installed")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = (binary, "--port", str(self.port), "--dir", str(self.folder), "--save", "", *self.options, *more)
+        with (self.folder / "log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        async with asyncio.timeout(START_S):
+            while not await self._listens(answering):  # noqa: ASYNC110  # another process, which has no event to wait for
+                await asyncio.sleep(0.01)
+
+    async def kill(self) -> None:
+        """kill -9, as the machine would."""
+        await self._end(signal.SIGKILL)
+
+    async def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            await self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """The process stands still: connections stay open, nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[Redis]:
+        client: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
+        try:
+            yield client
+        finally:
+            await client.aclose()
+
+    async def _end(self, number: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(number)
+            await process.wait()
+
+    async def _listens(self, answering: bool) -> bool:
+        async with self.client() as client:
+            try:
+                await client.ping()
+            except (exceptions.AuthenticationError, exceptions.BusyLoadingError):
+                return not answering
+            except exceptions.ConnectionError:
+                return False
+            return True
+
+
+@asynccontextmanager
+async def running_redis(folder: Path, *options: str) -> AsyncIterator[RedisServer]:
+    server = RedisServer(folder, *options)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
