@@ -140,7 +140,7 @@ class AdmissionSettings(_Group):
         default_factory=lambda: {Lane.INTERACTIVE: 8, Lane.STANDARD: 3, Lane.BULK: 1}
     )
     tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # others have 1.0
-    margin: Annotated[float, Field(gt=0, le=1)] = 0.9  # of a promise; the rest is for what the model does not see
+    margin: Annotated[float, Field(gt=0, le=1)] = 0.95  # of a promise; the rest is for what the model does not see
     held_slots: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the slots, kept free for the lanes above bulk
     starvation_s: PositiveFloat = 30.0  # in hand for this long, a lane's oldest job is next
     preempt_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the running jobs, aborted for one promise at most

@@ -33,10 +33,11 @@ from codeyard.worker.scheduling.port import Candidate, Decision, EngineLoad
 from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, StepCost, StepTime
 from codeyard.worker.scheduling.suspects import Quarantine
 from codeyard.worker.scheduling.tenants import FIRST_GUESS, Tenants
-from codeyard.worker.scheduling.window import prompt_room, widest
+from codeyard.worker.scheduling.window import Mix, prompt_room, widest
 
-LINE_SHARE = 0.4  # of the strictest promise to the first token: prompts inside the engine without a token
-PATIENCE_SHARE = 0.33  # of its own promise to the first token: then a job no longer waits for the pace
+LINE_SHARE = 0.3  # of the strictest promise to the first token: prompts inside the engine without a token
+PATIENCE_SHARE = 0.1  # of its own promise to the first token: then a job no longer waits for the pace
+LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
 _MIX = 0.01  # weight of the newest job in the means of prompts and completions
@@ -85,12 +86,14 @@ class AdaptiveScheduler:
         self._preempting: set[JobId] = set()
         self._step = StepTime()
         self._now_s = 0.0
+        self._refilled_s = 0.0
         self._job_s = 0.0  # integral of running jobs over time
         self._prompts = 0.0  # prompt tokens prefilled so far
         self._line = 0  # prompt tokens admitted that have no token yet
         self._room = 0.0  # prompt tokens the pace allows now; negative is a debt
-        self._mean_prompt = 0.0
-        self._mean_completion = FIRST_GUESS
+        self._prompt = 0.0  # means over jobs, see Mix
+        self._prompt_squared = 0.0
+        self._completion = FIRST_GUESS
         self._seen_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # when the lane last had work
         self._preempted_s = -math.inf
         self._since_s: float | None = None  # closed batches: when the first waiting job came in hand
@@ -150,7 +153,7 @@ class AdaptiveScheduler:
             self._preempting.discard(job_id)
         elif run.tokens:
             tenants.learn(job.tenant, run.tokens)
-            self._mean_completion += _MIX * (run.tokens - self._mean_completion)
+            self._completion += _MIX * (run.tokens - self._completion)
 
     # What to do -------------------------------------------------------------------------------------
 
@@ -188,8 +191,7 @@ class AdaptiveScheduler:
             self._window = self._slots
             return _Limits(self._slots, None, cost)
         budget_s = self._settings.margin * min(budgets)
-        ratio = self._mean_prompt / self._mean_completion if self._continuous else 0.0
-        window = min(self._slots, widest(cost, budget_s=budget_s, prompt_per_token=ratio))
+        window = min(self._slots, widest(cost, self._mix(), budget_s=budget_s))
         if abs(window - self._window) > 0.03 * self._window or window == self._slots:
             self._window = window  # smaller moves are noise of the fit
         self._refill(budget_s, cost)
@@ -220,21 +222,21 @@ class AdaptiveScheduler:
 
     def _pace_s(self, job: Candidate, limits: _Limits) -> float:
         """Seconds until the pace lets this job through; infinite if it waits for tokens to come, not for time."""
-        if self._line == 0 and self._room >= 0:
+        if (self._line == 0 and self._room >= 0) or self._impatient(job.lane):
             return 0.0
         line = LINE_SHARE * self._first_token_s / limits.cost.per_prompt_token_s
         if self._line and self._line + job.prompt_tokens > line:
             return math.inf
-        if limits.budget_s is None or self._room >= 0 or self._impatient(job.lane):
+        if limits.budget_s is None or self._room >= 0:
             return 0.0
-        room = prompt_room(limits.cost, budget_s=limits.budget_s, running=len(self._running))
+        room = prompt_room(limits.cost, self._mix(), budget_s=limits.budget_s, running=len(self._running))
         return -self._room / room * limits.budget_s + 1e-6
 
-    def _impatient(self, lane: Lane) -> bool:
-        """Has the head of this lane waited for a good part of its promise?"""
+    def _impatient(self, lane: Lane, share: float = PATIENCE_SHARE) -> bool:
+        """Has the head of this lane waited for this share of its promise?"""
         promise_s = self._promises[lane].first_token_s
         job = self._lanes[lane].next()
-        return bool(promise_s) and job is not None and self._now_s - job.submitted_s > PATIENCE_SHARE * promise_s
+        return bool(promise_s) and job is not None and self._now_s - job.submitted_s > share * promise_s
 
     def _starving(self) -> Lane | None:
         """A lane whose oldest job was in hand for too long."""
@@ -261,10 +263,9 @@ class AdaptiveScheduler:
             self._bulk[job.job_id] = None
         self._line += job.prompt_tokens
         self._room -= job.prompt_tokens
-        first = self._mean_prompt == 0.0
-        self._mean_prompt = (
-            job.prompt_tokens if first else self._mean_prompt + _MIX * (job.prompt_tokens - self._mean_prompt)
-        )
+        share = _MIX if self._prompt else 1.0
+        self._prompt += share * (job.prompt_tokens - self._prompt)
+        self._prompt_squared += share * (job.prompt_tokens**2 - self._prompt_squared)
         if not self._waiting():
             self._since_s = None
 
@@ -327,12 +328,16 @@ class AdaptiveScheduler:
         self._mark(run, 0)
 
     def _refill(self, budget_s: float, cost: StepCost) -> None:
-        room = prompt_room(cost, budget_s=budget_s, running=len(self._running))
+        room = prompt_room(cost, self._mix(), budget_s=budget_s, running=len(self._running))
         elapsed_s = self._now_s - self._refilled_s
         self._room = min(PACE_STEPS * room, self._room + room * elapsed_s / budget_s)
         self._refilled_s = self._now_s
 
-    _refilled_s = 0.0
+    def _mix(self) -> Mix:
+        """A closed batch is prefilled once, before it decodes: nobody is replaced meanwhile."""
+        if not self._continuous:
+            return Mix(prompt=0.0, prompt_squared=0.0, completion=self._completion)
+        return Mix(self._prompt, self._prompt_squared, self._completion)
 
     def _full(self, load: EngineLoad) -> bool:
         """Is the KV cache so full that what runs needs the rest?"""

@@ -76,7 +76,7 @@ class LaneStats:
         if job.first_s >= 0:
             first_s = job.first_s - job.arrived_s
             self.first_token.add(first_s)
-            per_token_s = (now_s - job.first_s) / (tokens - 1) if tokens > 1 else 0.0
+            per_token_s = (now_s - job.first_s) / max(1, tokens)  # its next token is already on its way
             self._judge(_keeps(promise, first_s, per_token_s), tokens)
         elif promise.first_token_s and now_s - job.arrived_s > promise.first_token_s:
             self.first_token.add(now_s - job.arrived_s)
