@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from codeyard.shared.broker.port import Delivery, Message, PublishOutcome
-from codeyard.shared.embedded import Database, Operation, Transaction
+from codeyard.shared.sqlite_file import Database, Operation, Transaction
 from codeyard.shared.envelope import new_nonce
 from codeyard.shared.errors import BrokerUnavailable
 from codeyard.shared.settings import BrokerSettings

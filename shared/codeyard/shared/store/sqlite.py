@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from codeyard.shared.embedded import Database, Operation, Transaction
+from codeyard.shared.sqlite_file import Database, Operation, Transaction
 from codeyard.shared.errors import SettingsError, StoreUnavailable
 from codeyard.shared.job import Job, JobId
 from codeyard.shared.record import Event, Record
