@@ -53,12 +53,13 @@ class Topology:
 
 
 def slug(revision: str) -> str:
-    """A revision as part of a queue name: percent-encoded, at most MAX_SLUG_BYTES, still unique.
+    """A revision as part of a queue name: percent-encoded with `+` for `%`, at most MAX_SLUG_BYTES, still unique.
 
-    An adapter (`base@adapter`) shares the queue of its base.
+    aio-pika refuses a `%` (and `~`) in a queue's name; a `+` of the revision itself is encoded, so it can
+    stand in. An adapter (`base@adapter`) shares the queue of its base.
     """
     base = revision.split("@", 1)[0]
-    encoded = quote(base, safe="-_")
+    encoded = quote(base, safe="-_").replace("~", "%7E").replace("%", "+")
     if len(encoded) <= MAX_SLUG_BYTES:
         return encoded
     return f"{encoded[: MAX_SLUG_BYTES - 9]}-{zlib.crc32(base.encode()):08x}"

@@ -13,6 +13,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from pamqp.base import Frame
 
 from codeyard.shared.broker.backoff import LONGEST_S, backoff_s
 from codeyard.shared.broker.port import Delivery
-from codeyard.shared.broker.rabbitmq_link import Link, translated
+from codeyard.shared.broker.rabbitmq_link import CLOSE_TIMEOUT_S, Link, translated
 from codeyard.shared.broker.rabbitmq_topology import delivered_headers
 from codeyard.shared.errors import BrokerUnavailable
 
@@ -71,7 +72,7 @@ class RabbitConsumer:
         self._dropped_queue = dropped_queue
         self._declare = declare
         self._ready: deque[Delivery] = deque()
-        self._changed = asyncio.Event()  # something arrived, or there will be no more
+        self._changed = asyncio.Event()  # something arrived, or the supervisor ended
         self._subscriptions: dict[str, _Subscription] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stopped = False
@@ -99,17 +100,15 @@ class RabbitConsumer:
             raise
 
     async def receive(self, most: int) -> list[Delivery]:
-        """See Consumer.receive; empty once the consumer was stopped."""
+        """See Consumer.receive. Once stopped there is nothing to come, and it waits until it is cancelled."""
         while True:
             while self._ready and not self._ready[0].tag.subscription.alive:  # type: ignore[attr-defined]  # our own tag
                 self._ready.popleft()  # it will arrive again
             if self._ready:
                 return self._take(most)
-            if self._stopped:
-                return []
-            if self._supervisor is not None and self._supervisor.done():
-                self._supervisor.result()  # only a mistake in here ends it: show it
             self._changed.clear()
+            if self._supervisor is not None and self._supervisor.done() and not self._stopped:
+                self._supervisor.result()  # only a mistake in here ends it: show it
             await self._changed.wait()
 
     async def ack(self, group: Sequence[Delivery]) -> None:
@@ -134,14 +133,18 @@ class RabbitConsumer:
                 except BrokerUnavailable as error:
                     log.warning("cancel_unanswered", extra={"queue": subscription.queue, "trouble": str(error)})
         left, self._ready = list(self._ready), deque()
-        self._changed.set()
         await self.requeue(left)
 
     async def close(self) -> None:
         self._stopped = True
         await self._end_supervision()
         self._ready.clear()
-        self._changed.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                for subscription in self._subscriptions.values():
+                    if subscription.alive:
+                        # Queued behind the last acks; closing the connection at once would throw those away.
+                        await self._hang_up(subscription.channel)
         await self._link.close()
 
     # Subscriptions --------------------------------------------------------------------------------------
