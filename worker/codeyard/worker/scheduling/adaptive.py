@@ -6,17 +6,17 @@ Each decision answers four questions, in this order; every formula is derived wh
    token among the lanes that have work, less a margin, `widest` jobs run; without such a lane, as many
    as the engine has slots. Narrowing counts at once, widening after `calm_s` without such work. Nothing
    is admitted while the KV cache is nearly full.
-2. *How fast?* A full window admitted at once stalls everybody while it is prefilled. While B holds,
-   prompts are paced to `prompt_room` tokens per step; always, the prompts admitted that have no token
-   yet stay below what can be prefilled within a part of the strictest promise to the first token, so
-   that an urgent job never finds a long line inside the engine. A job that has waited a good part of its own promise
-   no longer waits for the pace.
+2. *How fast?* A full window admitted at once stalls everybody while it is prefilled, and an urgent job
+   that comes then. So prompts are paced to `prompt_room` tokens per step of B seconds; while no promise
+   per token holds, of a quarter of the strictest promise to the first token: an arrival waits for the
+   step that runs and the one on its way, then for its own. A job that has waited a good part of its own
+   promise no longer waits for the pace.
 3. *Who?* The lane whose turn it is by weight (lanes.py), in it the tenant served least (tenants.py), of
    it the oldest job. Bulk leaves some slots free for the lanes above. A lane's head that was in hand for
    `starvation_s` goes first.
 4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
-   head waits and no slot is left, the youngest bulk jobs are preempted: they have the least to lose.
-   At most `preempt_share` of what runs, once per `calm_s`: each has to be prefilled again.
+   head is late, it is that lane's turn and no slot is left, the youngest bulk jobs are preempted: they
+   have the least to lose. At most `preempt_share` of what runs, once per `calm_s`: each has to be prefilled again.
 
 An engine that takes closed batches gets the same answers when it is empty, after a linger counted from
 the first job in hand. Suspects run apart (suspects.py).
@@ -29,18 +29,18 @@ from dataclasses import dataclass
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.settings import AdmissionSettings, Promise
 from codeyard.worker.scheduling.lanes import LaneTurns
+from codeyard.worker.scheduling.mix import MixEstimate
 from codeyard.worker.scheduling.port import Candidate, Decision, EngineLoad
-from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, StepCost, StepTime
+from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, StepTime
 from codeyard.worker.scheduling.suspects import Quarantine
-from codeyard.worker.scheduling.tenants import FIRST_GUESS, Tenants
+from codeyard.worker.scheduling.tenants import COMPLETION_WEIGHT, Tenants
 from codeyard.worker.scheduling.window import Mix, prompt_room, widest
 
-LINE_SHARE = 0.3  # of the strictest promise to the first token: prompts inside the engine without a token
 PATIENCE_SHARE = 0.1  # of its own promise to the first token: then a job no longer waits for the pace
 LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
-_MIX = 0.01  # weight of the newest job in the means of prompts and completions
+STEPS_TO_FIRST = 4.0  # steps from admission to first token, at most: the one that runs, one on its way, its own
 
 
 @dataclass(slots=True)
@@ -50,6 +50,7 @@ class _Run:
     job: Candidate
     cost: float  # charged at admission
     tokens: int = 0
+    joined_at: int = 0  # on the engine's token clock
     mark_s: float = 0.0
     mark_tokens: int = 0
     mark_job_s: float = 0.0
@@ -58,11 +59,12 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Of one decision. `budget_s` is None while no lane with a promise per token has work."""
+    """Of one decision."""
 
     window: int
-    budget_s: float | None
-    cost: StepCost
+    promised: bool  # a lane with a promise per token has work
+    pace_s: float  # a step may take this long
+    room: float  # prompt tokens it may prefill
 
 
 class AdaptiveScheduler:
@@ -89,11 +91,8 @@ class AdaptiveScheduler:
         self._refilled_s = 0.0
         self._job_s = 0.0  # integral of running jobs over time
         self._prompts = 0.0  # prompt tokens prefilled so far
-        self._line = 0  # prompt tokens admitted that have no token yet
         self._room = 0.0  # prompt tokens the pace allows now; negative is a debt
-        self._prompt = 0.0  # means over jobs, see Mix
-        self._prompt_squared = 0.0
-        self._completion = FIRST_GUESS
+        self._mix = MixEstimate()
         self._seen_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # when the lane last had work
         self._preempted_s = -math.inf
         self._since_s: float | None = None  # closed batches: when the first waiting job came in hand
@@ -130,10 +129,11 @@ class AdaptiveScheduler:
         if run is None or tokens < 1:
             return
         if run.tokens == 0:
-            self._line -= run.job.prompt_tokens
             self._prompts += run.job.prompt_tokens
+            run.joined_at = self._mix.joined()
             self._mark(run, tokens)
         run.tokens += tokens
+        self._mix.reached(run.joined_at + run.tokens - 1)
         steps = run.tokens - run.mark_tokens
         if steps >= OBSERVE_TOKENS:
             self._observe(run, steps)
@@ -146,14 +146,13 @@ class AdaptiveScheduler:
         job, tenants = run.job, self._lanes[run.job.lane]
         self._count[job.lane] -= 1
         self._bulk.pop(job_id, None)
-        if run.tokens == 0:
-            self._line -= job.prompt_tokens
-        tenants.charge(job.tenant, job.prompt_tokens + 2.0 * run.tokens - run.cost)
-        if job_id in self._preempting:
-            self._preempting.discard(job_id)
-        elif run.tokens:
-            tenants.learn(job.tenant, run.tokens)
-            self._completion += _MIX * (run.tokens - self._completion)
+        tenants.charge(job.tenant, job.prompt_tokens + COMPLETION_WEIGHT * run.tokens - run.cost)
+        preempted = job_id in self._preempting
+        self._preempting.discard(job_id)
+        if run.tokens:
+            self._mix.left(run.tokens, by_itself=not preempted)
+            if not preempted:
+                tenants.learn(job.tenant, run.tokens)
 
     # What to do -------------------------------------------------------------------------------------
 
@@ -186,16 +185,24 @@ class AdaptiveScheduler:
                 self._seen_s[lane] = self._now_s
             if promise.per_token_s and self._now_s - self._seen_s[lane] <= self._settings.calm_s:
                 budgets.append(promise.per_token_s)
-        cost = self._step.cost
-        if not budgets:
-            self._window = self._slots
-            return _Limits(self._slots, None, cost)
-        budget_s = self._settings.margin * min(budgets)
-        window = min(self._slots, widest(cost, self._mix(), budget_s=budget_s))
+        cost, mix = self._step.cost, self._mix.mix
+        pace_s = self._first_token_s / STEPS_TO_FIRST
+        window = self._slots
+        if budgets:
+            budget_s = self._settings.margin * min(budgets)
+            pace_s = min(pace_s, budget_s)
+            # A closed batch is prefilled before it decodes: nobody is replaced meanwhile.
+            replaced = mix if self._continuous else Mix(prompt=0.0, prompt_squared=0.0, completion=mix.completion)
+            window = min(window, widest(cost, replaced, budget_s=budget_s))
         if abs(window - self._window) > 0.03 * self._window or window == self._slots:
             self._window = window  # smaller moves are noise of the fit
-        self._refill(budget_s, cost)
-        return _Limits(self._window, budget_s, cost)
+        room = math.inf
+        if pace_s < math.inf:
+            room = prompt_room(cost, mix, budget_s=pace_s, running=len(self._running))
+            elapsed_s = self._now_s - self._refilled_s
+            self._room = min(PACE_STEPS * room, self._room + room * elapsed_s / pace_s)
+        self._refilled_s = self._now_s
+        return _Limits(self._window, bool(budgets), pace_s, room)
 
     def _admit(self, limits: _Limits) -> tuple[tuple[JobId, ...], float | None]:
         """Questions 2 and 3: the jobs, and when to ask again if the pace held one back."""
@@ -215,22 +222,16 @@ class AdaptiveScheduler:
             if wait_s > 0:
                 patient = [other for other in lanes if other is not lane and self._impatient(other)]
                 if not patient:
-                    return tuple(admitted), None if math.isinf(wait_s) else wait_s
+                    return tuple(admitted), wait_s
                 lane = patient[0]
             admitted.append(self._start(lane))
         return tuple(admitted), None
 
     def _pace_s(self, job: Candidate, limits: _Limits) -> float:
-        """Seconds until the pace lets this job through; infinite if it waits for tokens to come, not for time."""
-        if (self._line == 0 and self._room >= 0) or self._impatient(job.lane):
+        """Seconds until the pace lets this job through."""
+        if self._room >= 0 or math.isinf(limits.room) or self._impatient(job.lane):
             return 0.0
-        line = LINE_SHARE * self._first_token_s / limits.cost.per_prompt_token_s
-        if self._line and self._line + job.prompt_tokens > line:
-            return math.inf
-        if limits.budget_s is None or self._room >= 0:
-            return 0.0
-        room = prompt_room(limits.cost, self._mix(), budget_s=limits.budget_s, running=len(self._running))
-        return -self._room / room * limits.budget_s + 1e-6
+        return -self._room / limits.room * limits.pace_s + 1e-6
 
     def _impatient(self, lane: Lane, share: float = PATIENCE_SHARE) -> bool:
         """Has the head of this lane waited for this share of its promise?"""
@@ -261,11 +262,8 @@ class AdaptiveScheduler:
         self._count[job.lane] += 1
         if job.lane is Lane.BULK:
             self._bulk[job.job_id] = None
-        self._line += job.prompt_tokens
         self._room -= job.prompt_tokens
-        share = _MIX if self._prompt else 1.0
-        self._prompt += share * (job.prompt_tokens - self._prompt)
-        self._prompt_squared += share * (job.prompt_tokens**2 - self._prompt_squared)
+        self._mix.admitted(job.prompt_tokens)
         if not self._waiting():
             self._since_s = None
 
@@ -274,11 +272,15 @@ class AdaptiveScheduler:
         if not self._bulk or not self._continuous or self._now_s - self._preempted_s < self._settings.calm_s:
             return ()
         excess = 0
-        if limits.budget_s is not None and len(self._running) > OVERSHOOT * limits.window:
+        if limits.promised and len(self._running) > OVERSHOOT * limits.window:
             excess = len(self._running) - limits.window
         else:
             late = sum(
-                len(self._lanes[lane]) for lane in self._lanes if lane is not Lane.BULK and self._impatient(lane)
+                len(waiting)
+                for lane, waiting in self._lanes.items()
+                if lane is not Lane.BULK
+                and self._turns.next((lane, Lane.BULK)) is lane
+                and self._impatient(lane, LATE_SHARE)
             )
             excess = late - max(0, limits.window - len(self._running))
         most = int(self._settings.preempt_share * len(self._running))
@@ -326,18 +328,6 @@ class AdaptiveScheduler:
                 now_s=self._now_s,
             )
         self._mark(run, 0)
-
-    def _refill(self, budget_s: float, cost: StepCost) -> None:
-        room = prompt_room(cost, self._mix(), budget_s=budget_s, running=len(self._running))
-        elapsed_s = self._now_s - self._refilled_s
-        self._room = min(PACE_STEPS * room, self._room + room * elapsed_s / budget_s)
-        self._refilled_s = self._now_s
-
-    def _mix(self) -> Mix:
-        """A closed batch is prefilled once, before it decodes: nobody is replaced meanwhile."""
-        if not self._continuous:
-            return Mix(prompt=0.0, prompt_squared=0.0, completion=self._completion)
-        return Mix(self._prompt, self._prompt_squared, self._completion)
 
     def _full(self, load: EngineLoad) -> bool:
         """Is the KV cache so full that what runs needs the rest?"""

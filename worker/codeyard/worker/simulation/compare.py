@@ -23,13 +23,16 @@ def simulate_one(
     jobs: int,
     seed: int,
     losses: tuple[Loss, ...] = (),
+    num_shards: int = 1,
+    shards_per_tenant: int = 1,
     tick: Callable[[float], None] | None = None,
 ) -> RunStats:
     """One fleet through one trace under one policy."""
     length_s = run_length_s(trace, table, workers=workers, load=load, jobs=jobs)
     coming = arrivals(trace, table, jobs=jobs, length_s=length_s, seed=seed)
     stats = RunStats(trace_name, policy_name, load, seed, workers, length_s)
-    return _run(trace, table, stats, coming, losses=losses, tick=tick)
+    shards = (num_shards, shards_per_tenant)
+    return _run(trace, table, stats, coming, losses=losses, shards=shards, tick=tick)
 
 
 def simulate_replay(
@@ -46,7 +49,7 @@ def simulate_replay(
 ) -> RunStats:
     """A recorded trace; its load is what it is."""
     stats = RunStats(trace_name, policy_name, float("nan"), 0, workers, length_s)
-    return _run(trace, table, stats, coming, losses=losses, tick=tick)
+    return _run(trace, table, stats, coming, losses=losses, shards=(1, 1), tick=tick)
 
 
 def _run(
@@ -56,6 +59,7 @@ def _run(
     coming: Iterator[SimJob],
     *,
     losses: tuple[Loss, ...],
+    shards: tuple[int, int],
     tick: Callable[[float], None] | None,
 ) -> RunStats:
     tenants = sum(stream.tenants for stream in trace.streams)
@@ -64,6 +68,8 @@ def _run(
         length_s=stats.length_s,
         promises=trace.promises,
         losses=losses,
+        num_shards=shards[0],
+        shards_per_tenant=shards[1],
         by_tenant=tenants <= BY_TENANT_MOST,
     )
     return Fleet(plan, policy(stats.policy, trace, table), table, stats).run(coming, tick=tick)

@@ -15,6 +15,7 @@ are all there is to a run: the same arguments give the same run, to the last dig
 """
 
 import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.settings import Promise
+from codeyard.shared.sharding import shards_of
 from codeyard.worker.scheduling.port import Candidate, EngineLoad, Scheduler
 from codeyard.worker.scheduling.wait import WaitEstimate
 from codeyard.worker.simulation.engine import NEVER, SimEngine, SimJob
@@ -58,8 +60,8 @@ class FleetPlan:
     workers: int
     length_s: float
     promises: Mapping[Lane, Promise]
-    shards: Callable[[SimJob, Callable[[int], int]], int] | None = None  # job, depth of a shard -> shard
-    num_shards: int = 1
+    num_shards: int = 1  # of each lane
+    shards_per_tenant: int = 1
     losses: tuple[Loss, ...] = ()
     by_tenant: bool = False
 
@@ -67,11 +69,11 @@ class FleetPlan:
 class _Worker:
     __slots__ = ("alive", "credit", "due_s", "engine", "held", "number", "probe", "probe_tokens", "scheduler", "wake_s")
 
-    def __init__(self, number: int, policy: Policy, table: LatencyTable, queues: int) -> None:
+    def __init__(self, number: int, policy: Policy, table: LatencyTable, queues: int, credit: int) -> None:
         self.number = number
         self.scheduler = policy.make()
         self.engine = SimEngine(table, by_priority=policy.by_priority)
-        self.credit = [policy.credit] * queues
+        self.credit = [credit] * queues
         self.held: dict[JobId, SimJob] = {}
         self.due_s = NEVER  # the time of its live entry in the event heap
         self.wake_s = NEVER  # when its scheduler wants to be asked again
@@ -90,7 +92,9 @@ class Fleet:
         self._stats = stats
         queues = len(Lane) * plan.num_shards
         self._queues: list[deque[SimJob]] = [deque() for _ in range(queues)]
-        self._workers = [_Worker(number, policy, table, queues) for number in range(plan.workers)]
+        self._credit = math.ceil(policy.credit / plan.shards_per_tenant)
+        self._hands: dict[str, tuple[int, ...]] = {}
+        self._workers = [_Worker(number, policy, table, queues, self._credit) for number in range(plan.workers)]
         self._takers: list[deque[_Worker]] = [deque(self._workers) for _ in range(queues)]  # those with credit
         self._events: list[tuple[float, int, _Worker | Callable[[float], None]]] = []
         self._order = 0
@@ -141,8 +145,8 @@ class Fleet:
         if job.lane is Lane.INTERACTIVE:
             self._urgent += 1
         base = _LANE_PLACE[job.lane] * self._plan.num_shards
-        if self._plan.shards is not None:
-            job.shard = self._plan.shards(job, lambda shard: len(self._queues[base + shard]))
+        if self._plan.num_shards > 1:
+            job.shard = min(self._hand(job.tenant), key=lambda shard: len(self._queues[base + shard]))
         queue = base + job.shard
         takers = self._takers[queue]
         if not takers or self._queues[queue]:
@@ -155,6 +159,13 @@ class Fleet:
         self._offer(worker, job, now_s)
         self._decide(worker, now_s)
         self._reschedule(worker)
+
+    def _hand(self, tenant: str) -> tuple[int, ...]:
+        if (hand := self._hands.get(tenant)) is None:
+            plan = self._plan
+            hand = shards_of(tenant, shards=plan.num_shards, per_tenant=plan.shards_per_tenant)
+            self._hands[tenant] = hand
+        return hand
 
     def _offer(self, worker: _Worker, job: SimJob, now_s: float) -> None:
         worker.held[job.id] = job
@@ -342,7 +353,7 @@ class Fleet:
                 self._queues[queue].appendleft(job)
 
     def _restart(self, worker: _Worker, now_s: float) -> None:
-        fresh = _Worker(worker.number, self._policy, self._table, len(self._queues))
+        fresh = _Worker(worker.number, self._policy, self._table, len(self._queues), self._credit)
         self._workers[worker.number] = fresh
         for queue, takers in enumerate(self._takers):
             while self._queues[queue] and fresh.credit[queue]:

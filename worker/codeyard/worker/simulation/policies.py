@@ -50,10 +50,12 @@ def is_fixed(name: str) -> bool:
 
 def policy(name: str, trace: Trace, table: LatencyTable) -> Policy:
     """Raises SettingsError for a name nobody knows."""
+    if is_fixed(name) and (window := name.removeprefix("fixed-")).isdecimal() and int(window) > 0:
+        return _fixed(int(window))(trace, table)
     try:
         known = known_policies()[name]
     except KeyError:
-        raise SettingsError(f"no policy {name!r}; there are {', '.join(known_policies())}") from None
+        raise SettingsError(f"no policy {name!r}; there are {', '.join(known_policies())} and fixed-N") from None
     return known.make(trace, table)
 
 
