@@ -6,7 +6,7 @@ import time
 import pytest
 from support.brokers import Yard, comes_to, message, numbered, take, take_bodies
 
-from codeyard.shared.broker.port import Broker, PublishOutcome
+from codeyard.shared.broker.port import Broker, Message, PublishOutcome
 
 CONFIRMED, FULL, UNROUTABLE = PublishOutcome.CONFIRMED, PublishOutcome.FULL, PublishOutcome.UNROUTABLE
 
@@ -14,7 +14,7 @@ CONFIRMED, FULL, UNROUTABLE = PublishOutcome.CONFIRMED, PublishOutcome.FULL, Pub
 async def test_a_confirmed_message_outlives_the_client_that_published_it(yard: Yard) -> None:
     """Confirmed means the broker has it: whoever asks later finds it, as it was sent."""
     first = await yard.declared()
-    sent = message(yard.queue, b'{"prompt": "\xc3\xa9"}', tenant="acme", attempt=2, deadline=1_800_000_000.25)
+    sent = message(yard.queue, b'{"prompt": "\xc3\xa9"}', tenant="acme", attempt=2, deadline=1_800_000_000)
 
     outcomes = await first.publish([sent], timeout_s=5)
     await first.close()
@@ -27,6 +27,18 @@ async def test_a_confirmed_message_outlives_the_client_that_published_it(yard: Y
     assert delivery.headers == sent.headers
     assert delivery.redelivered is False
     assert delivery.timestamp == pytest.approx(time.time(), abs=60)
+
+
+async def test_a_deadline_with_a_fraction_never_arrives_as_an_earlier_one(yard: Yard) -> None:
+    """RabbitMQ's clients cannot write a double: in single precision a deadline would be off by a minute."""
+    broker = await yard.declared()
+    consumer = await broker.consume({yard.queue: 1})
+    sent = Message(yard.queue, "id", b"{}", {"deadline": 1_800_000_000.25})
+
+    await broker.publish([sent], timeout_s=5)
+    [delivery] = await take(consumer, 1)
+
+    assert delivery.headers["deadline"] in (1_800_000_000.25, 1_800_000_001)
 
 
 async def test_every_item_of_a_group_has_its_own_outcome(yard: Yard) -> None:
@@ -53,7 +65,7 @@ async def test_the_same_id_twice_in_one_group_keeps_its_outcomes_apart(yard: Yar
     """A retry beside its first try, to another queue: what returns must not be taken for its twin."""
     broker = await yard.declared()
     here, gone = message(yard.queue), message("nobody.declared.this")
-    twin = [here, type(here)(queue=gone.queue, message_id=here.message_id, body=b"{}", headers={}), here]
+    twin = [here, Message(gone.queue, here.message_id, b"{}", {}), here]
 
     outcomes = await broker.publish(twin, timeout_s=5)
 

@@ -77,7 +77,7 @@ class Yard:
                 await channel.exchange_delete(exchange)
 
 
-def message(queue: str, body: bytes = b"{}", **headers: str | int | float) -> Message:
+def message(queue: str, body: bytes = b"{}", **headers: str | int) -> Message:
     return Message(queue=queue, message_id=str(uuid.uuid4()), body=body, headers={"publication": "p-1", **headers})
 
 

@@ -9,7 +9,6 @@ aio-pika see shared.broker.rabbitmq_publishing.
 
 import asyncio
 import logging
-import math
 import ssl
 from collections import deque
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from pika.exceptions import (
 )
 
 from codeyard.shared.broker.backoff import backoff_s
-from codeyard.shared.broker.port import HeaderValue, Message, PublishOutcome
+from codeyard.shared.broker.port import Message, PublishOutcome
 from codeyard.shared.broker.rabbitmq_topology import (
     CONTENT_TYPE,
     MESSAGE_TYPE,
@@ -245,7 +244,7 @@ class _ConfirmingChannel:
                 message_id=message.message_id,
                 type=MESSAGE_TYPE,
                 timestamp=int(now().timestamp()),
-                headers={name: _encodable(value) for name, value in item.headers.items()},
+                headers=dict(item.headers),
             ),
             mandatory=True,
         )
@@ -305,11 +304,6 @@ class _ConfirmingChannel:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _encodable(value: HeaderValue) -> str | int:
-    """Pika cannot write floats. The one we send is a deadline, in seconds, where a little later does no harm."""
-    return math.ceil(value) if isinstance(value, float) else value
 
 
 def _describe(error: BaseException) -> str:

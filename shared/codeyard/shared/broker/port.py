@@ -16,7 +16,7 @@ from typing import Protocol
 
 from codeyard.shared.job import JobId
 
-HeaderValue = str | int | float
+HeaderValue = str | int | float  # over RabbitMQ a float becomes the next whole number, see to_its_queue
 
 
 @dataclass(frozen=True, slots=True)

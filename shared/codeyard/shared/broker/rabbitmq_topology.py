@@ -10,11 +10,13 @@ Every queue is a quorum queue, and its arguments are the same for every server v
 because they are part of declare equivalence. Called by: shared.broker.rabbitmq, producer.pika_publisher.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 
-from codeyard.shared.broker.port import HeaderValue, Message
+from codeyard.shared.broker.port import Message
 from codeyard.shared.job import MESSAGE_TYPE
 from codeyard.shared.topology import DELAY_STEPS_S, Topology, delay_step
 
@@ -45,7 +47,7 @@ class Outgoing:
     exchange: str
     routing_key: str
     message: Message
-    headers: Mapping[str, HeaderValue]
+    headers: Mapping[str, str | int]
 
 
 def exchanges(topology: Topology) -> list[Exchange]:
@@ -91,15 +93,24 @@ def _dead_letters_to(exchange: str) -> dict[str, str | int]:
 
 
 def to_its_queue(topology: Topology, message: Message) -> Outgoing:
-    return Outgoing(topology.jobs_exchange, message.queue, message, message.headers)
+    return _outgoing(topology.jobs_exchange, message.queue, message)
 
 
 def to_delay(topology: Topology, message: Message, delay_s: float) -> Outgoing:
-    return Outgoing(topology.delay_queue(delay_step(delay_s)), message.queue, message, message.headers)
+    return _outgoing(topology.delay_queue(delay_step(delay_s)), message.queue, message)
 
 
 def to_dead_queue(topology: Topology, message: Message) -> Outgoing:
-    return Outgoing("", topology.dead_queue, message, {**message.headers, ORIGIN_HEADER: message.queue})
+    return _outgoing("", topology.dead_queue, message, {ORIGIN_HEADER: message.queue})
+
+
+def _outgoing(
+    exchange: str, routing_key: str, message: Message, more: Mapping[str, str] = MappingProxyType({})
+) -> Outgoing:
+    # Neither client can write a float: pika not at all, aio-pika in single precision, where the present
+    # time is off by a minute. The one we send is a deadline in seconds; a little later does no harm.
+    whole = {name: math.ceil(value) if isinstance(value, float) else value for name, value in message.headers.items()}
+    return Outgoing(exchange, routing_key, message, {**whole, **more})
 
 
 def now() -> datetime:
