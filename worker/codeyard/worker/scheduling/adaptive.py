@@ -16,7 +16,8 @@ Each decision answers four questions, in this order; every formula is derived wh
    `starvation_s` goes first.
 4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
    head is late, it is that lane's turn and no slot is left, the youngest bulk jobs are preempted: they
-   have the least to lose. At most `preempt_share` of what runs, once per `calm_s`: each has to be prefilled again.
+   have the least to lose. At most `preempt_share` of what runs, until nobody was preempted for `calm_s`:
+   each is prefilled again.
 
 An engine that takes closed batches gets the same answers when it is empty, after a linger counted from
 the first job in hand. Suspects run apart (suspects.py).
@@ -25,6 +26,7 @@ the first job in hand. Suspects run apart (suspects.py).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.settings import AdmissionSettings, Promise
@@ -94,7 +96,8 @@ class AdaptiveScheduler:
         self._room = 0.0  # prompt tokens the pace allows now; negative is a debt
         self._mix = MixEstimate()
         self._seen_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # when the lane last had work
-        self._preempted_s = -math.inf
+        self._preempted_s = -math.inf  # when, and how many within `calm_s` of each other
+        self._preempted = 0
         self._since_s: float | None = None  # closed batches: when the first waiting job came in hand
         self._window = slots
 
@@ -269,28 +272,34 @@ class AdaptiveScheduler:
 
     def _preempt(self, limits: _Limits) -> tuple[JobId, ...]:
         """Question 4."""
-        if not self._bulk or not self._continuous or self._now_s - self._preempted_s < self._settings.calm_s:
+        if self._now_s - self._preempted_s >= self._settings.calm_s:
+            self._preempted = 0
+        most = int(self._settings.preempt_share * len(self._running)) - self._preempted
+        if not self._bulk or not self._continuous or most < 1:
             return ()
-        excess = 0
-        if limits.promised and len(self._running) > OVERSHOOT * limits.window:
-            excess = len(self._running) - limits.window
+        running = len(self._running) - len(self._preempting)
+        if limits.promised and running > OVERSHOOT * limits.window:
+            excess = running - limits.window
         else:
-            late = sum(
-                len(waiting)
-                for lane, waiting in self._lanes.items()
-                if lane is not Lane.BULK
-                and self._turns.next((lane, Lane.BULK)) is lane
-                and self._impatient(lane, LATE_SHARE)
-            )
-            excess = late - max(0, limits.window - len(self._running))
-        most = int(self._settings.preempt_share * len(self._running))
-        chosen = list(reversed(self._bulk))[: max(0, min(excess, most))]
+            excess = self._late() - max(0, limits.window - running) - len(self._preempting)
+        chosen = list(islice(reversed(self._bulk), max(0, min(excess, most))))
         if chosen:
             self._preempted_s = self._now_s
+            self._preempted += len(chosen)
             self._preempting.update(chosen)
             for job_id in chosen:
                 del self._bulk[job_id]
         return tuple(chosen)
+
+    def _late(self) -> int:
+        """Jobs of lanes above bulk that are about to miss their promise though it is their lane's turn."""
+        return sum(
+            len(waiting)
+            for lane, waiting in self._lanes.items()
+            if lane is not Lane.BULK
+            and self._impatient(lane, LATE_SHARE)
+            and self._turns.next((lane, Lane.BULK)) is lane
+        )
 
     def _admit_suspects(self) -> Decision:
         if self._running:

@@ -23,6 +23,7 @@ class MixEstimate:
     """Told of admissions, tokens and ends; `mix` is the present answer."""
 
     def __init__(self) -> None:
+        self._admitted = 0
         self._prompt = 0.0
         self._prompt_squared = 0.0
         self._ended = _GUESS_WEIGHT
@@ -37,7 +38,8 @@ class MixEstimate:
         return Mix(self._prompt, self._prompt_squared, max(1.0, math.sqrt(plain * per_end)))
 
     def admitted(self, prompt_tokens: int) -> None:
-        share = 1.0 - _KEEP if self._prompt else 1.0
+        self._admitted += 1
+        share = max(1.0 - _KEEP, 1.0 / self._admitted)
         self._prompt += share * (prompt_tokens - self._prompt)
         self._prompt_squared += share * (prompt_tokens * prompt_tokens - self._prompt_squared)
 

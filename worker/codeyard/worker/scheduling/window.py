@@ -20,10 +20,11 @@ a quadratic in sqrt(n): `widest`. Long prompts among short ones narrow the windo
 A burst admitted at once would prefill far more than n * P / K a step and stall everybody. With n jobs
 decoding, what a step of B seconds has room for beyond them is
 
-    p <= (B - base - per_job * n - b * sqrt(n)) / per_prompt_token                       `prompt_room`
+    p <= (B - base - per_job * n - b * sqrt(n) / 2) / per_prompt_token                   `prompt_room`
 
 and admissions are paced to that many prompt tokens per B seconds. Few jobs: much room, a fast start. At
-the widest window the room is n * P / K, what replacing the finished ones takes: the two bounds are one.
+the widest window the room is n * P / K, what replacing the finished ones takes, and half of what is kept
+free for their spread: with none of it, a debt once made would never be paid back.
 """
 
 import math
@@ -55,7 +56,7 @@ def widest(cost: StepCost, mix: Mix, *, budget_s: float) -> int:
 def prompt_room(cost: StepCost, mix: Mix, *, budget_s: float, running: int) -> float:
     """Prompt tokens one step may prefill beside `running` jobs within `budget_s`; at least 5 % of what an
     empty one could, so that nothing waits for ever."""
-    room_s = budget_s - cost.step_s(running) - _deviation_s(cost, mix) * math.sqrt(running)
+    room_s = budget_s - cost.step_s(running) - 0.5 * _deviation_s(cost, mix) * math.sqrt(running)
     return max(0.05 * budget_s, room_s) / cost.per_prompt_token_s
 
 
