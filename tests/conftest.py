@@ -1,0 +1,47 @@
+"""Fixtures every test may ask for: servers, a name of its own, servers it may kill."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import services
+from support.servers import RabbitServer, RedisServer
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One RabbitMQ for all tests; keep to names under `namespace`."""
+    with services.rabbitmq(tmp_path_factory.mktemp("rabbitmq")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Redis for all tests; keep to keys under `namespace`."""
+    with services.redis(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A name no other test uses: for queues, exchanges and keys (the setting `namespace`)."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def private_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A running Redis that this test alone has and may kill, restart or freeze."""
+    if not RedisServer.available():
+        services.missing("redis-server to kill", "redis-server", None)
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def private_rabbitmq(tmp_path: Path) -> Iterator[RabbitServer]:
+    """A running RabbitMQ that this test alone has and may kill, restart or freeze. Takes seconds."""
+    if not RabbitServer.available():
+        services.missing("rabbitmq-server to kill", "rabbitmq-server", None)
+    with RabbitServer(tmp_path / "rabbitmq") as server:
+        yield server
