@@ -1,18 +1,25 @@
-"""The Store port on the embedded file: load the record, take the step, write what changed.
+"""The Store port on one SQLite file, for the processes of one machine.
 
-The protocol is transitions.py; here is only where it lives. Called by: shared.connect.
+What a call does to a record is decided by `transitions`; here records are loaded, stepped and saved,
+a whole group in one transaction that is on disk when the call returns. Rows past their time are
+treated as gone at once and swept in groups by later writes.
 """
 
 import asyncio
-import contextlib
+import json
 import sqlite3
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
-from codeyard.shared.sqlite_file import Database, Operation, Transaction
-from codeyard.shared.errors import SettingsError, StoreUnavailable
-from codeyard.shared.job import Job, JobId
+from codeyard.shared.embedded.failure import FileUnavailable
+from codeyard.shared.embedded.file import EmbeddedFile, WallClock
+from codeyard.shared.embedded.transactions import Work
+from codeyard.shared.embedded.watcher import Watcher
+from codeyard.shared.errors import StoreUnavailable
+from codeyard.shared.job import JobId
 from codeyard.shared.record import Event, Record
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.store import transitions
@@ -38,234 +45,317 @@ from codeyard.shared.store.port import (
     Timing,
     Wakeup,
 )
+from codeyard.shared.store.transitions import Step
 from codeyard.shared.topology import Topology
 
 T = TypeVar("T")
-R = TypeVar("R")
+RequestT = TypeVar("RequestT")
+Transition = Callable[[Record | None, RequestT, float, Timing], Step[T]]
 
-SWEPT = 100  # expired jobs removed per reserve, at most: faster than they can come in
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, namespace TEXT NOT NULL, created_at REAL NOT NULL, check_at REAL NOT NULL,
-    expires_at REAL NOT NULL, record TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS jobs_due ON jobs (namespace, check_at) WHERE check_at > 0;
-CREATE INDEX IF NOT EXISTS jobs_recent ON jobs (namespace, created_at);
-CREATE INDEX IF NOT EXISTS jobs_expired ON jobs (expires_at);
-CREATE TABLE IF NOT EXISTS bodies (id TEXT PRIMARY KEY, body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS events (
-    id TEXT NOT NULL, seq INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (id, seq)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS aliases (
-    namespace TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL, context_tokens INTEGER,
-    PRIMARY KEY (namespace, name)
-);
-"""
+SWEEP_GROUP = 256  # jobs deleted in one write, so that no write takes long
+SWEEP_EVERY_S = 10.0
+MAX_SEQ = 2**63 - 1  # SQLite's largest integer
 
 
 class SqliteStore:
-    """See the Store port. Several processes and event loops may each open one on the same file."""
+    """Usable from several event loops; `watch` wakes the loop it was entered in."""
 
-    def __init__(self, database: Database, topology: Topology, timing: Timing) -> None:
-        self.timing = timing
-        self._database = database
+    def __init__(self, settings: StoreSettings, topology: Topology, file: EmbeddedFile) -> None:
+        self.timing = settings.timing()
+        self._timeout_s = settings.timeout_s
         self._namespace = topology.namespace
+        self._file = file
+        self._watched = _Watched(self._namespace, file.watcher)
+        self._sweep_at = 0.0  # by the file's clock; used in the writer's thread
+        self._closed = False
 
     @classmethod
-    async def open(
-        cls, settings: StoreSettings, topology: Topology, *, clock: Callable[[], float] = time.time
-    ) -> "SqliteStore":
-        """Raises SettingsError for a path that cannot serve, StoreUnavailable for a file that does not open."""
-        with _translated(settings.url):
-            database = await asyncio.to_thread(Database.at, settings.url, SCHEMA, clock=clock)
-        return cls(database, topology, settings.timing())
+    async def open(cls, settings: StoreSettings, topology: Topology, *, clock: WallClock = time.time) -> "SqliteStore":
+        """Make or open the file of a `sqlite:` URL. Raises SettingsError if it cannot be used,
+        StoreUnavailable if it is kept locked. `clock` gives seconds since the epoch."""
+        try:
+            return cls(settings, topology, await EmbeddedFile.open(settings.url, wall=clock))
+        except FileUnavailable as error:
+            raise StoreUnavailable(str(error)) from None
 
     async def reserve(self, group: Sequence[Reservation]) -> list[Reserved]:
-        return await self._apply(group, lambda item: item.job.id, transitions.reserve, sweep=True)
+        return await self._steps(group, lambda one: one.job.id, transitions.reserve)
 
     async def mark_queued(self, group: Sequence[Queued]) -> list[QueuedVerdict]:
-        return await self._apply(group, lambda item: item.job_id, transitions.mark_queued)
+        return await self._steps(group, lambda one: one.job_id, transitions.mark_queued)
 
     async def claim(self, group: Sequence[Claim]) -> list[Claimed]:
-        return await self._apply(group, lambda item: item.job.id, transitions.claim)
+        return await self._steps(group, lambda one: one.job.id, transitions.claim)
 
     async def renew(self, group: Sequence[Renewal]) -> list[Renewed]:
-        return await self._apply(group, lambda item: item.job_id, transitions.renew)
+        return await self._steps(group, lambda one: one.job_id, transitions.renew)
 
     async def append(self, group: Sequence[Append]) -> list[AppendVerdict]:
-        return await self._apply(group, lambda item: item.job_id, transitions.append)
+        return await self._steps(group, lambda one: one.job_id, transitions.append)
 
     async def commit(self, group: Sequence[Commit]) -> list[Committed]:
-        return await self._apply(group, lambda item: item.job_id, transitions.commit)
+        return await self._steps(group, lambda one: one.job_id, transitions.commit)
 
     async def release(self, group: Sequence[Release]) -> list[ReleaseVerdict]:
-        return await self._apply(group, lambda item: item.job_id, transitions.release)
+        return await self._steps(group, lambda one: one.job_id, transitions.release)
 
     async def cancel(self, group: Sequence[JobId]) -> list[CancelVerdict]:
-        return await self._apply(
-            group, lambda job_id: job_id, lambda record, _, now, timing: transitions.cancel(record, now, timing)
+        return await self._steps(
+            group, lambda one: one, lambda record, _, now, timing: transitions.cancel(record, now, timing)
         )
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
-        return await self._apply(group, lambda item: item.job_id, transitions.recover)
+        return await self._steps(group, lambda one: one.job_id, transitions.recover)
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
-        return await self._read(lambda tx: [self._load(tx, job_id) for job_id in group])
+        def work(db: sqlite3.Connection, now: float) -> list[Record | None]:
+            rows = (_load(db, self._namespace, job_id, now) for job_id in group)
+            return [row.record if row else None for row in rows]
+
+        return await self._read(work)
 
     async def events(self, job_id: JobId, *, after: int, limit: int = 1_000) -> list[Event]:
-        def operation(tx: Transaction) -> list[Event]:
-            query = "SELECT body FROM events WHERE id = ? AND seq > ? ORDER BY seq LIMIT ?"
-            return [Event.decode(body) for (body,) in tx.sql.execute(query, (job_id, after, limit))]
+        def work(db: sqlite3.Connection, now: float) -> list[Event]:
+            rows = db.execute(
+                "SELECT event FROM jobs JOIN events USING (number)"
+                " WHERE namespace = ? AND id = ? AND expires_at > ? AND seq > ? ORDER BY seq LIMIT ?",
+                (self._namespace, job_id, now, min(after, MAX_SEQ), limit),
+            )
+            return [Event.decode(event) for (event,) in rows]
 
-        return await self._read(operation)
+        return await self._read(work) if _storable(job_id) else []
 
-    @contextlib.asynccontextmanager
-    async def watch(self, job_id: JobId) -> AsyncIterator[Wakeup]:
-        with self._database.watch([_topic(job_id)]) as event:
-            yield _EventWakeup(event)
+    def watch(self, job_id: JobId) -> AbstractAsyncContextManager[Wakeup]:
+        return self._watch(job_id)
 
     async def due(self, limit: int) -> list[JobId]:
-        def operation(tx: Transaction) -> list[JobId]:
-            query = (
-                "SELECT id FROM jobs WHERE namespace = ? AND check_at > 0 AND check_at <= ? ORDER BY check_at LIMIT ?"
+        def work(db: sqlite3.Connection, now: float) -> list[JobId]:
+            rows = db.execute(
+                "SELECT id FROM jobs WHERE namespace = ? AND check_at > 0 AND check_at <= ? AND expires_at > ?"
+                " ORDER BY check_at LIMIT ?",
+                (self._namespace, now, now, limit),
             )
-            return [job_id for (job_id,) in tx.sql.execute(query, (self._namespace, tx.now, limit))]
+            return [job_id for (job_id,) in rows]
 
-        return await self._read(operation)
+        return await self._read(work)
 
     async def recent(self, limit: int) -> list[Record]:
-        def operation(tx: Transaction) -> list[Record]:
-            query = "SELECT id FROM jobs WHERE namespace = ? ORDER BY created_at DESC LIMIT ?"
-            ids = [job_id for (job_id,) in tx.sql.execute(query, (self._namespace, limit)).fetchall()]
-            return [record for job_id in ids if (record := self._load(tx, job_id)) is not None]
+        def work(db: sqlite3.Connection, now: float) -> list[Record]:
+            rows = db.execute(
+                "SELECT record, job FROM jobs JOIN bodies USING (number)"
+                " WHERE namespace = ? AND expires_at > ? ORDER BY number DESC LIMIT ?",
+                (self._namespace, now, limit),
+            )
+            return [_decoded(record, job) for record, job in rows]
 
-        return await self._read(operation)
+        return await self._read(work)
 
     async def aliases(self) -> Mapping[str, Alias]:
-        def operation(tx: Transaction) -> dict[str, Alias]:
-            query = "SELECT name, revision, context_tokens FROM aliases WHERE namespace = ?"
-            return {row[0]: Alias(*row) for row in tx.sql.execute(query, (self._namespace,))}
+        def work(db: sqlite3.Connection, now: float) -> Mapping[str, Alias]:
+            rows = db.execute(
+                "SELECT name, revision, context_tokens FROM aliases WHERE namespace = ?", (self._namespace,)
+            )
+            return {row[0]: Alias(*row) for row in rows}
 
-        return await self._read(operation)
+        return await self._read(work)
 
     async def set_alias(self, alias: Alias, *, only_if_absent: bool) -> Alias:
-        def operation(tx: Transaction) -> Alias:
-            verb = "IGNORE" if only_if_absent else "REPLACE"
-            row = (self._namespace, alias.name, alias.revision, alias.context_tokens)
-            tx.sql.execute(f"INSERT OR {verb} INTO aliases VALUES (?, ?, ?, ?)", row)
-            query = "SELECT name, revision, context_tokens FROM aliases WHERE namespace = ? AND name = ?"
-            return Alias(*tx.sql.execute(query, row[:2]).fetchone())
+        def work(db: sqlite3.Connection, now: float) -> Alias:
+            key = (self._namespace, alias.name)
+            taken = "NOTHING" if only_if_absent else "UPDATE SET revision = ?3, context_tokens = ?4"
+            db.execute(
+                f"INSERT INTO aliases VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO {taken}",
+                (*key, alias.revision, alias.context_tokens),
+            )
+            row = db.execute("SELECT revision, context_tokens FROM aliases WHERE namespace = ? AND name = ?", key)
+            return Alias(alias.name, *row.fetchone())
 
-        return await self._write(operation)
+        return await self._write(work)
 
     async def ping(self) -> str:
-        await self._read(lambda tx: tx.sql.execute("SELECT 1").fetchone())
-        return f"sqlite {sqlite3.sqlite_version}"
+        version = await self._read(lambda db, now: str(db.execute("SELECT sqlite_version()").fetchone()[0]))
+        return f"sqlite {version}"
 
     async def close(self) -> None:
-        await self._database.close()
+        if not self._closed:
+            self._closed = True
+            await self._file.close()
 
-    # One way through for every call that changes records -------------------------------------------
+    # -------------------------------------------------------------------------------------------------
 
-    async def _apply(
+    async def _steps(
         self,
-        group: Sequence[T],
-        job_id_of: Callable[[T], JobId],
-        transition: Callable[[Record | None, T, float, Timing], transitions.Step[R]],
-        *,
-        sweep: bool = False,
-    ) -> list[R]:
-        def operation(tx: Transaction) -> list[R]:
-            if sweep:
-                _sweep(tx)
+        group: Sequence[RequestT],
+        job_id: Callable[[RequestT], JobId],
+        transition: Transition[RequestT, T],
+    ) -> list[T]:
+        """Each request's transition on its record, one after the other, in one transaction."""
+
+        def work(db: sqlite3.Connection, now: float) -> list[T]:
             outcomes = []
-            for item in group:
-                record = self._load(tx, job_id_of(item))
-                step = transition(record, item, tx.now, self.timing)
-                if step.record is not None:
-                    self._save(tx, step.record, known=record)
-                    self._append(tx, step.record.id, step.events)
-                    if step.events or step.record.state.final:
-                        tx.changed.add(_topic(step.record.id))
+            for request in group:
+                row = _load(db, self._namespace, job_id(request), now)
+                step = transition(row.record if row else None, request, now, self.timing)
+                _save(db, self._namespace, row, step)
                 outcomes.append(step.outcome)
+            self._sweep(db, now)
             return outcomes
 
-        return await self._write(operation)
+        return await self._write(work)
 
-    def _load(self, tx: Transaction, job_id: JobId) -> Record | None:
-        query = """SELECT record, body FROM jobs JOIN bodies USING (id)
-                   WHERE id = ? AND namespace = ? AND expires_at > ?"""
-        row = tx.sql.execute(query, (job_id, self._namespace, tx.now)).fetchone()
-        if row is None:
-            return None
-        known = _WithoutJob.model_validate_json(row[0])
-        return Record.model_construct(**{**dict(known), "job": Job.decode(row[1])})
+    def _sweep(self, db: sqlite3.Connection, now: float) -> None:
+        """Delete some of what nobody may see any more; the next write goes on if there is more."""
+        if now < self._sweep_at:
+            return
+        gone = db.execute(
+            "DELETE FROM jobs WHERE number IN (SELECT number FROM jobs WHERE expires_at <= ? LIMIT ?)",
+            (now, SWEEP_GROUP),
+        ).rowcount
+        self._sweep_at = now if gone == SWEEP_GROUP else now + SWEEP_EVERY_S
 
-    def _save(self, tx: Transaction, record: Record, *, known: Record | None) -> None:
-        if known is None or known.incarnation != record.incarnation:
-            _remove(tx, [record.id])
-            tx.sql.execute("INSERT INTO bodies VALUES (?, ?)", (record.id, record.job.encode()))
-        row = (
-            record.id,
-            self._namespace,
-            record.created_at,
-            record.check_at,
-            record.expires_at,
-            record.model_dump_json(exclude={"job"}),
+    @asynccontextmanager
+    async def _watch(self, job_id: JobId) -> AsyncIterator[Wakeup]:
+        wakeup = _Wakeup()
+        self._watched.add(job_id, wakeup)
+        try:
+            yield wakeup
+        finally:
+            self._watched.discard(job_id, wakeup)
+
+    async def _read(self, work: Work[T]) -> T:
+        try:
+            return await self._file.read(work, timeout_s=self._timeout_s)
+        except FileUnavailable as error:
+            raise StoreUnavailable(str(error)) from None
+
+    async def _write(self, work: Work[T]) -> T:
+        try:
+            return await self._file.write(work, timeout_s=self._timeout_s)
+        except FileUnavailable as error:
+            raise StoreUnavailable(str(error)) from None
+
+
+# Rows ----------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    number: int
+    record: Record
+
+
+def _load(db: sqlite3.Connection, namespace: str, job_id: JobId, now: float) -> _Row | None:
+    if not _storable(job_id):
+        return None
+    found = db.execute(
+        "SELECT number, record, job FROM jobs JOIN bodies USING (number)"
+        " WHERE namespace = ? AND id = ? AND expires_at > ?",
+        (namespace, job_id, now),
+    ).fetchone()
+    return _Row(found[0], _decoded(found[1], found[2])) if found else None
+
+
+def _save(db: sqlite3.Connection, namespace: str, before: _Row | None, step: Step[Any]) -> None:
+    after = step.record
+    if after is None:
+        return
+    if before is None or after.job is not before.record.job:  # transitions copy a record, they never alter its job
+        number = _insert(db, namespace, after)
+    else:
+        number = before.number
+        db.execute(
+            "UPDATE jobs SET record = ?, last_seq = ?, check_at = ?, expires_at = ? WHERE number = ?",
+            (_encoded(after), after.last_seq, after.check_at, after.expires_at, number),
         )
-        tx.sql.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?)", row)
-
-    def _append(self, tx: Transaction, job_id: JobId, events: Sequence[Event]) -> None:
-        tx.sql.executemany(
-            "INSERT INTO events VALUES (?, ?, ?)", [(job_id, event.seq, event.encode()) for event in events]
-        )
-
-    async def _read(self, operation: Operation[T]) -> T:
-        with _translated(str(self._database.path)):
-            return await self._database.read(operation)
-
-    async def _write(self, operation: Operation[T]) -> T:
-        with _translated(str(self._database.path)):
-            return await self._database.write(operation)
+    db.executemany("INSERT INTO events VALUES (?, ?, ?)", [(number, one.seq, one.encode()) for one in step.events])
 
 
-class _WithoutJob(Record):
-    """A record as it is written: its body is in a table of its own, since it never changes."""
+def _insert(db: sqlite3.Connection, namespace: str, record: Record) -> int:
+    """In place of what had the id before: expired, or never accepted. Its events go with it."""
+    db.execute("DELETE FROM jobs WHERE namespace = ? AND id = ?", (namespace, record.id))
+    number: int = db.execute(
+        "INSERT INTO jobs (namespace, id, record, last_seq, check_at, expires_at) VALUES (?, ?, ?, ?, ?, ?)"
+        " RETURNING number",
+        (namespace, record.id, _encoded(record), record.last_seq, record.check_at, record.expires_at),
+    ).fetchone()[0]
+    db.execute("INSERT INTO bodies VALUES (?, ?)", (number, record.job.model_dump_json(exclude_none=True)))
+    return number
 
-    job: Any = None
+
+def _encoded(record: Record) -> str:
+    return record.model_dump_json(exclude={"job"}, exclude_defaults=True)
 
 
-class _EventWakeup:
-    def __init__(self, event: asyncio.Event) -> None:
-        self._event = event
+def _decoded(record: str, job: str) -> Record:
+    return Record.model_validate_json(f'{{"job":{job},{record[1:]}')
+
+
+def _storable(job_id: JobId) -> bool:
+    """Ids are ASCII; what a caller made up may not even be encodable, and names no job."""
+    return job_id.isascii()
+
+
+# Wake-ups ------------------------------------------------------------------------------------------
+
+
+class _Wakeup:
+    """Set from the watcher's thread, awaited in the loop it was made in."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._woken = asyncio.Event()
 
     async def wait(self, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(timeout_s):
-                await self._event.wait()
-        self._event.clear()
+                await self._woken.wait()
+        except TimeoutError:
+            return
+        self._woken.clear()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits there
+            self._loop.call_soon_threadsafe(self._woken.set)
 
 
-def _topic(job_id: JobId) -> str:
-    return f"job:{job_id}"
+class _Watched:
+    """Who waits for which job, and the newest event they were told of. Every change that matters to a
+    waiter adds an event, `end` included. All under the lock: loops add, the watcher's thread looks."""
 
+    def __init__(self, namespace: str, watcher: Watcher) -> None:
+        self._namespace = namespace
+        self._watcher = watcher
+        self._lock = threading.Lock()
+        self._wakeups: dict[JobId, set[_Wakeup]] = {}
+        self._told: dict[JobId, int] = {}  # absent until the first look, which therefore wakes
 
-def _sweep(tx: Transaction) -> None:
-    query = "SELECT id FROM jobs WHERE expires_at <= ? LIMIT ?"
-    _remove(tx, [job_id for (job_id,) in tx.sql.execute(query, (tx.now, SWEPT)).fetchall()])
+    def add(self, job_id: JobId, wakeup: _Wakeup) -> None:
+        with self._lock:
+            if not self._wakeups:
+                self._watcher.add(self)
+            self._wakeups.setdefault(job_id, set()).add(wakeup)
 
+    def discard(self, job_id: JobId, wakeup: _Wakeup) -> None:
+        with self._lock:
+            waiting = self._wakeups[job_id]
+            waiting.discard(wakeup)
+            if not waiting:
+                del self._wakeups[job_id]
+                self._told.pop(job_id, None)
+            if not self._wakeups:
+                self._watcher.remove(self)
 
-def _remove(tx: Transaction, job_ids: Sequence[JobId]) -> None:
-    for table in ("jobs", "bodies", "events"):
-        tx.sql.executemany(f"DELETE FROM {table} WHERE id = ?", [(job_id,) for job_id in job_ids])
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except SettingsError:
-        raise
-    except (sqlite3.Error, OSError) as error:
-        raise StoreUnavailable(f"{what}: {error}") from error
+    def look(self, db: sqlite3.Connection, now: float, changed: bool) -> None:
+        if not changed:
+            return
+        with self._lock:
+            ids = json.dumps(list(self._wakeups))
+        found = db.execute(
+            "SELECT id, last_seq FROM jobs WHERE namespace = ? AND id IN (SELECT value FROM json_each(?))",
+            (self._namespace, ids),
+        ).fetchall()
+        with self._lock:
+            for job_id, last_seq in found:
+                if job_id in self._wakeups and self._told.get(job_id) != last_seq:
+                    self._told[job_id] = last_seq
+                    for wakeup in self._wakeups[job_id]:
+                        wakeup.wake()

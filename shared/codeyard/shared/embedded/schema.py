@@ -1,0 +1,149 @@
+"""What is in the file, and how a connection to it is made.
+
+One file may hold several fleets: jobs and aliases carry their namespace, queue names begin with it.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from codeyard.shared.embedded.failure import explained
+from codeyard.shared.errors import SettingsError
+
+T = TypeVar("T")
+
+APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
+VERSION = 1
+OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
+LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
+
+SCHEMA = """
+CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), clock REAL NOT NULL) STRICT;
+INSERT INTO meta VALUES (1, 0.0);
+
+-- A record without its job, which never changes and may be large, so that a renewal writes little.
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, id TEXT NOT NULL, record TEXT NOT NULL,
+    last_seq INTEGER NOT NULL, check_at REAL NOT NULL, expires_at REAL NOT NULL, UNIQUE (namespace, id)) STRICT;
+CREATE INDEX jobs_due ON jobs (namespace, check_at) WHERE check_at > 0;
+CREATE INDEX jobs_expiry ON jobs (expires_at);
+CREATE TABLE bodies (number INTEGER PRIMARY KEY, job TEXT NOT NULL) STRICT;
+CREATE TABLE events (
+    number INTEGER NOT NULL, seq INTEGER NOT NULL, event TEXT NOT NULL,
+    PRIMARY KEY (number, seq)) STRICT, WITHOUT ROWID;
+CREATE TRIGGER job_gone AFTER DELETE ON jobs BEGIN
+    DELETE FROM bodies WHERE number = OLD.number;
+    DELETE FROM events WHERE number = OLD.number;
+END;
+CREATE TABLE aliases (
+    namespace TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL, context_tokens INTEGER,
+    PRIMARY KEY (namespace, name)) STRICT, WITHOUT ROWID;
+
+-- `free` counts messages without a consumer; triggers keep it, so that no path can forget to.
+CREATE TABLE queues (
+    number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, max_length INTEGER, free INTEGER NOT NULL DEFAULT 0) STRICT;
+CREATE TABLE consumers (number INTEGER PRIMARY KEY AUTOINCREMENT, lock TEXT NOT NULL) STRICT;
+CREATE TABLE messages (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, queue INTEGER NOT NULL, ready_at REAL NOT NULL,
+    published_at REAL NOT NULL, redelivered INTEGER NOT NULL DEFAULT 0, consumer INTEGER,
+    message_id TEXT NOT NULL, headers TEXT NOT NULL, body BLOB NOT NULL) STRICT;
+CREATE INDEX messages_ready ON messages (queue, ready_at, number) WHERE consumer IS NULL;
+CREATE INDEX messages_held ON messages (consumer, queue) WHERE consumer IS NOT NULL;
+CREATE TRIGGER message_in AFTER INSERT ON messages BEGIN
+    UPDATE queues SET free = free + 1 WHERE number = NEW.queue;
+END;
+CREATE TRIGGER message_out AFTER DELETE ON messages WHEN OLD.consumer IS NULL BEGIN
+    UPDATE queues SET free = free - 1 WHERE number = OLD.queue;
+END;
+CREATE TRIGGER message_moved AFTER UPDATE OF consumer ON messages
+WHEN (OLD.consumer IS NULL) <> (NEW.consumer IS NULL) BEGIN
+    UPDATE queues SET free = free + iif(NEW.consumer IS NULL, 1, -1) WHERE number = NEW.queue;
+END;
+"""
+
+
+def prepare(path: Path, *, patience_s: float) -> None:
+    """Make the file, or check that it is ours. Raises SettingsError or FileUnavailable."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        wanted = ".".join(map(str, OLDEST_SQLITE))
+        raise SettingsError(f"the embedded file needs SQLite {wanted}, this Python has {sqlite3.sqlite_version}")
+    db: sqlite3.Connection | None = None
+    try:
+        db = connect(path, patience_s=patience_s)
+        patiently(lambda: _make_or_check(db, path), patience_s)
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _HOPELESS:
+            raise SettingsError(f"embedded file {explained(error, path)}") from None
+        raise explained(error, path) from None
+    finally:
+        if db is not None:
+            db.close()
+
+
+def connect(path: Path, *, patience_s: float, read_only: bool = False) -> sqlite3.Connection:
+    """A connection in autocommit mode; transactions are begun by hand. Raises sqlite3.Error."""
+    db = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    try:
+        mode = patiently(lambda: db.execute("PRAGMA journal_mode = WAL").fetchone()[0], patience_s)
+        if mode != "wal":
+            raise SettingsError(f"{path}: its file system cannot hold SQLite's write-ahead log; use a local disk")
+        db.execute("PRAGMA synchronous = FULL")  # a commit that was told is on disk
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        if read_only:
+            db.execute("PRAGMA query_only = ON")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def patiently(attempt: Callable[[], T], patience_s: float) -> T:
+    """Repeat while the file is locked, for `patience_s`; blocks, so never in an event loop."""
+    give_up_s = time.monotonic() + patience_s
+    while True:
+        try:
+            return attempt()
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > give_up_s:
+                raise
+            time.sleep(LOCK_RETRY_S)
+
+
+_HOPELESS = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM}
+
+
+def _make_or_check(db: sqlite3.Connection, path: Path) -> None:
+    db.execute("BEGIN IMMEDIATE")  # two processes may come at once: one makes it, the other finds it
+    try:
+        owner, version = _pragma(db, "application_id"), _pragma(db, "user_version")
+        if (owner, version) == (0, 0) and not db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            for statement in _statements(SCHEMA):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        elif owner != APPLICATION_ID:
+            raise SettingsError(f"{path} is the database of another program; name another path")
+        elif version != VERSION:
+            raise SettingsError(f"{path} has format {version}, this version reads {VERSION}; name another path")
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    return int(db.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _statements(script: str) -> list[str]:
+    """`executescript` would commit first, so the script is cut at its complete statements."""
+    statements, begun = [], ""
+    for line in script.splitlines(keepends=True):
+        begun += line
+        if sqlite3.complete_statement(begun):
+            statements.append(begun)
+            begun = ""
+    return statements
