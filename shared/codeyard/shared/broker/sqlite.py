@@ -35,7 +35,9 @@ class SqliteBroker:
         self._closed = False
 
     @classmethod
-    async def open(cls, settings: BrokerSettings, topology: Topology, *, clock: WallClock = time.time) -> "SqliteBroker":
+    async def open(
+        cls, settings: BrokerSettings, topology: Topology, *, clock: WallClock = time.time
+    ) -> "SqliteBroker":
         """Make or open the file of a `sqlite:` URL. Raises SettingsError if it cannot be used,
         BrokerUnavailable if it is kept locked. `clock` gives seconds since the epoch."""
         try:
