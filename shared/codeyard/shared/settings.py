@@ -108,6 +108,7 @@ class EngineSettings(_Group):
     device: str = "auto"  # torch engine: cpu, cuda, cuda:0, mps; auto takes an accelerator if there is one
     max_model_len: PositiveInt | None = None  # tokens; None: what the model's config says
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
+    kv_cache_memory_bytes: PositiveInt | None = None  # vLLM; None: by gpu_memory_utilization, on a CPU 1 GiB
     tensor_parallel_size: PositiveInt = 1
     quantization: str | None = None
     enforce_eager: bool = False
@@ -140,9 +141,10 @@ class AdmissionSettings(_Group):
         default_factory=lambda: {Lane.INTERACTIVE: 8, Lane.STANDARD: 3, Lane.BULK: 1}
     )
     tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # others have 1.0
+    tenant_slack: Annotated[float, Field(ge=0)] = 16_000.0  # tokens; served within this of each other: first come
     margin: Annotated[float, Field(gt=0, le=1)] = 0.95  # of a promise; the rest is for what the model does not see
     held_slots: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the slots, kept free for the lanes above bulk
-    starvation_s: PositiveFloat = 30.0  # in hand for this long, a lane's oldest job is next
+    starvation_s: PositiveFloat = 30.0  # a lane with work in hand from which nothing was admitted for this long is next
     preempt_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the running jobs, aborted for one promise at most
     calm_s: Annotated[float, Field(ge=0)] = 2.0  # the window stays narrow this long after the lane's last job left
     kv_cache_cap: Annotated[float, Field(gt=0, le=1)] = 0.92  # above: nothing is admitted until it falls

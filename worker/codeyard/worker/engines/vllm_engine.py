@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PRIORITY = {Lane.INTERACTIVE: 0, Lane.STANDARD: 1, Lane.BULK: 2}
 SHUTDOWN_S = 5.0
+CPU_KV_CACHE_BYTES = 2**30  # else vLLM takes its share of all memory, as if the machine were a GPU
 # Kills the pids it was given once its stdin ends: an EngineCore does not notice a parent killed with -9.
 REAPER = """
 import contextlib, os, sys
@@ -183,6 +184,7 @@ class _Stats:
 def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
     """Blocks for as long as the model loads."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -196,6 +198,7 @@ def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
         def log_engine_initialized(self) -> None:
             pass
 
+    on_cpu = current_platform.is_cpu()
     arguments = AsyncEngineArgs(
         model=source.location,
         max_num_seqs=settings.max_running,
@@ -207,6 +210,7 @@ def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
         quantization=settings.quantization,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=settings.enable_prefix_caching,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes or (CPU_KV_CACHE_BYTES if on_cpu else None),
     )
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Logger])
 
