@@ -256,7 +256,7 @@ async def pass_time(store: RedisStore, model: Model, seconds: float) -> None:
                 await store._link.command("HINCRBYFLOAT", topology.job_key(job_id, "record"), name, repr(-seconds))
         if record.check_at:
             due = topology.shard_key(store_shard(job_id), "due")
-            await store._link.command("ZINCRBY", due, int(-seconds * 1000), job_id)
+            await store._link.command("ZINCRBY", due, int(-seconds * 1_000_000), job_id)
 
 
 def on_the_servers_clock(request: Any, ahead_s: float) -> Any:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import exceptions
@@ -37,11 +38,30 @@ class RedisServer:
                 pytest.fail("redis-server is not installed")
             pytest.skip("redis-server is not installed")
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = (binary, "--port", str(self.port), "--dir", str(self.folder), "--save", "", *self.options, *more)
+        command = (
+            binary,
+            "--port",
+            str(self.port),
+            "--cluster-port",
+            str(free_port()),
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+            *self.options,
+            *more,
+        )
         with (self.folder / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+        await self._until(answering)
+
+    async def answering(self) -> None:
+        """Wait until it answers a PING, e.g. because it has loaded its data."""
+        await self._until(answering=True)
+
+    async def cluster_formed(self) -> None:
         async with asyncio.timeout(START_S):
-            while not await self._listens(answering):  # noqa: ASYNC110  # another process, which has no event to wait for
+            while "cluster_state:ok" not in await self.command("CLUSTER", "INFO"):  # noqa: ASYNC110  # as below
                 await asyncio.sleep(0.01)
 
     async def kill(self) -> None:
@@ -70,11 +90,20 @@ class RedisServer:
         finally:
             await client.aclose()
 
+    async def command(self, *command: str | int) -> Any:
+        async with self.client() as client:
+            return await client.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py has no types here
+
     async def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(number)
             await process.wait()
+
+    async def _until(self, answering: bool) -> None:
+        async with asyncio.timeout(START_S):
+            while not await self._listens(answering):  # noqa: ASYNC110  # another process, without an event for us
+                await asyncio.sleep(0.01)
 
     async def _listens(self, answering: bool) -> bool:
         async with self.client() as client:

@@ -9,6 +9,7 @@ Called by: store.redis. Does not know about: jobs, records.
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -140,7 +141,12 @@ class RedisLink:
         script = _script(name)
         keys = [key for item in items for key in item.keys]
         rest: list[Argument] = [len(keys), *keys, *_arguments({**common, "requests": [item.request for item in items]})]
-        send = self._send_and_wait if before_ack and self._replicas else self._send
+        deadline = time.monotonic() + self._timeout_s
+        wait = before_ack and self._replicas > 0
+
+        async def send(*command: Argument) -> Any:
+            return await (self._send_and_wait(command, deadline) if wait else self._send(*command))
+
         async with _bounded(self._timeout_s), self._free:
             try:
                 reply = await send("EVALSHA", script.sha, *rest)
@@ -152,7 +158,7 @@ class RedisLink:
     async def _send(self, *command: Argument) -> Any:
         return await self._client.execute_command(*command)
 
-    async def _send_and_wait(self, *command: Argument) -> Any:
+    async def _send_and_wait(self, command: Sequence[Argument], deadline: float) -> Any:
         """The same, and WAIT on the same connection: it counts what that connection wrote."""
         client = self._client
         pipeline: Pipeline | ClusterPipeline
@@ -162,7 +168,7 @@ class RedisLink:
             target["target_nodes"] = client.get_node_from_key(str(command[3]))
         else:
             pipeline = client.pipeline(transaction=False)
-        wait_ms = int(self._timeout_s * 500)  # leaves the other half for the way there and back
+        wait_ms = max(1, int((deadline - time.monotonic()) * 500))  # the other half is for the way there and back
         pipeline.execute_command(*command)
         pipeline.execute_command("WAIT", self._replicas, wait_ms, **target)
         reply, reached = await pipeline.execute(raise_on_error=True)
@@ -209,7 +215,8 @@ def _options(settings: StoreSettings) -> dict[str, Any]:
     return {
         "protocol": 2,  # nothing here needs RESP3, and its push messages cost a handshake
         "decode_responses": True,
-        "socket_timeout": settings.timeout_s,
+        "socket_timeout": None,  # ours bounds the call; with its own, redis-py sends through asyncio.wait_for,
+        # which before Python 3.12 swallows a cancellation that arrives as the send ends
         "socket_connect_timeout": settings.timeout_s,
         "retry": Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),  # a stale pooled connection
     }

@@ -54,7 +54,7 @@ class Wakeups:
             url,
             protocol=2,
             decode_responses=True,
-            socket_timeout=timeout_s,
+            socket_timeout=None,  # as in redis_link: it would make sending swallow cancellations
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0, supported_errors=()),
         )
@@ -132,11 +132,12 @@ class Wakeups:
         while True:
             self._changed.clear()
             wanted = set(self._watchers)
-            if gone := asked - wanted:
-                self._subscribed -= gone
-                await pubsub.unsubscribe(*gone)
-            if new := wanted - asked:
-                await pubsub.subscribe(*new)
+            async with asyncio.timeout(self._timeout_s):
+                if gone := asked - wanted:
+                    self._subscribed -= gone
+                    await pubsub.unsubscribe(*gone)
+                if new := wanted - asked:
+                    await pubsub.subscribe(*new)
             asked = wanted
             await self._changed.wait()
 
@@ -148,7 +149,8 @@ class Wakeups:
             if message is None:
                 if pinged:
                     raise RedisConnectionError(f"no answer to a ping within {HEARTBEAT_S:g} s")
-                await pubsub.ping()
+                async with asyncio.timeout(self._timeout_s):
+                    await pubsub.ping()
                 pinged = True
                 continue
             pinged = False

@@ -103,17 +103,17 @@ local function new_record(job, fields)
   return setmetatable(record, STRICT)
 end
 
--- For indexes and ends: whole milliseconds, which a short sorted set compares without parsing text.
-local function milliseconds(seconds)
-  return math.ceil(seconds * 1000)
+-- Indexes are scored in whole microseconds: a short sorted set compares them without parsing text.
+local function microseconds(seconds)
+  return math.ceil(seconds * 1000000)
 end
 
 local function expire_with(record, key)
-  redis.call("PEXPIREAT", key, milliseconds(record.expires_at))
+  redis.call("PEXPIREAT", key, math.ceil(record.expires_at * 1000))
 end
 
 local function index_new(job, record)
-  redis.call("ZADD", job.recent, milliseconds(record.created_at), job.id)
+  redis.call("ZADD", job.recent, microseconds(record.created_at), job.id)
   redis.call("ZREMRANGEBYRANK", job.recent, 0, -timing.num_recent - 1)
 end
 
@@ -141,7 +141,7 @@ local function save(job, record, events)
   end
   if record.changed.check_at then
     if record.check_at > 0 then
-      redis.call("ZADD", job.due, milliseconds(record.check_at), job.id)
+      redis.call("ZADD", job.due, microseconds(record.check_at), job.id)
     else
       redis.call("ZREM", job.due, job.id)
     end
