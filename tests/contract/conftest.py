@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from support.brokers import Yard
+from support.stores import StoreYard
+
+from codeyard.shared.store.port import Store
+from codeyard.shared.topology import Topology
 
 
 @pytest_asyncio.fixture(params=["sqlite", pytest.param("rabbitmq", marks=pytest.mark.services)])
@@ -23,3 +27,18 @@ async def rabbitmq(rabbitmq_url: str) -> AsyncIterator[Yard]:
     yard = Yard(rabbitmq_url)
     yield yard
     await yard.tidy()
+
+
+@pytest_asyncio.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.services)])
+async def stores(request: pytest.FixtureRequest, tmp_path: Path, namespace: str) -> AsyncIterator[StoreYard]:
+    """Every Store adapter in turn, in a namespace of its own, with a clock that the test turns."""
+    redis = request.param == "redis"
+    url = request.getfixturevalue("redis_url") if redis else f"sqlite:///{tmp_path / 'yard.db'}"
+    stores = StoreYard(url, Topology(namespace))
+    yield stores
+    await stores.tidy()
+
+
+@pytest_asyncio.fixture
+async def store(stores: StoreYard) -> Store:
+    return await stores.open()
