@@ -135,6 +135,7 @@ class VllmEngine:
         except Exception as error:
             # It may be broken in any way; what counts is that its processes are gone.
             log.warning("vllm_shutdown_failed", extra={"error": str(error)})
+        self._llm = None  # its __del__ shuts down once more: now, not when the interpreter is half gone
         _kill(self._children)
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
