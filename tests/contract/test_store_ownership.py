@@ -120,7 +120,12 @@ async def test_an_owner_learns_that_its_job_is_gone(store: Store) -> None:
 async def test_events_are_read_in_order_from_anywhere(store: Store) -> None:
     """A client that reconnects asks for what came after the last it saw."""
     [claimed] = await run_jobs(store, job := make_job())
-    sent = [tokens(1, "de"), tokens(2, "f é\n\U0001f600"), Event(seq=3, kind=EventKind.RESTARTED), tokens(4, "x" * 5_000)]
+    sent = [
+        tokens(1, "de"),
+        tokens(2, "f é\n\U0001f600"),
+        Event(seq=3, kind=EventKind.RESTARTED),
+        tokens(4, "x" * 5_000),
+    ]
     await store.append([Append(job.id, claimed.fence, sent[:2]), Append(job.id, claimed.fence, sent[2:])])
 
     assert await stream_of(store, job) == sent
@@ -193,7 +198,10 @@ async def test_a_commit_ends_the_job_with_the_rest_of_its_stream(stores: StoreYa
 async def test_the_first_commit_wins_and_its_own_repeat_says_so_too(stores: StoreYard, store: Store) -> None:
     """Exactly one result: a repeat is told it is in, anyone else that it is final."""
     job, stale, live = await taken_over(stores, store)
-    outcomes = [*await store.commit([commit_of(job, live, "mine")]), *await store.commit([commit_of(job, live, "mine")])]
+    outcomes = [
+        *await store.commit([commit_of(job, live, "mine")]),
+        *await store.commit([commit_of(job, live, "mine")]),
+    ]
     before, stream = await record_of(store, job), await stream_of(store, job)
 
     late = await store.commit([commit_of(job, stale, "late"), commit_of(job, live, "another")])

@@ -30,7 +30,16 @@ DURATIONS: dict[str, Any] = {  # long against what a test takes on a busy machin
     "retention_s": 500_000,
 }
 SLACK_S = 5.0  # what Redis's own clock may add during one test
-_TIMES = ("lease_until", "created_at", "queued_at", "started_at", "finished_at", "deadline_at", "check_at", "expires_at")
+_TIMES = (
+    "lease_until",
+    "created_at",
+    "queued_at",
+    "started_at",
+    "finished_at",
+    "deadline_at",
+    "check_at",
+    "expires_at",
+)
 
 
 @dataclass
@@ -109,7 +118,7 @@ async def _move_back(redis: Redis, key: str, seconds: float) -> None:
     part = key.rsplit(":", 1)[1]
     if part in {"due", "recent"}:  # indexes by time, in microseconds
         for member in await redis.zrange(key, 0, -1):
-            await redis.zincrby(key, int(-seconds * 1_000_000), member)
+            await redis.zincrby(key, int(-seconds * 1_000_000), str(member))
         return
     if part == "record":
         for name, value in zip(_TIMES, await redis.hmget(key, list(_TIMES)), strict=True):
