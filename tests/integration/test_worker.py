@@ -1,0 +1,223 @@
+"""A whole job, from submission to its one result, and every way it can end."""
+
+import asyncio
+import json
+
+import pytest
+from support.fleet import first_token, worker_task
+
+from codeyard.producer import AsyncClient, Submission
+from codeyard.shared.connect import open_broker
+from codeyard.shared.errors import FleetError
+from codeyard.shared.job import Lane
+from codeyard.shared.record import EventKind, State
+from codeyard.shared.settings import Settings
+from codeyard.shared.store.port import CancelVerdict
+from codeyard.shared.topology import Topology
+from codeyard.worker.engines.simulated import simulated_completion
+
+pytestmark = pytest.mark.timeout(90)
+
+LONG = {"max_tokens": 250}
+
+
+def endless_prompt() -> str:
+    """A prompt whose simulated answer is long enough to be stopped in the middle."""
+    prompts = (f"def endless_{n}():" for n in range(10_000))
+    return next(prompt for prompt in prompts if len(simulated_completion(prompt, 250)[1]) == 250)
+
+
+async def dead_letters(settings: Settings, count: int) -> dict[str, dict[str, object]]:
+    """The headers of `count` dead letters by message id."""
+    topology = Topology(settings.namespace)
+    broker = await open_broker(settings.broker, topology)
+    found = {}
+    try:
+        consumer = await broker.consume({topology.dead_queue: 10})
+        while len(found) < count:
+            async with asyncio.timeout(20):
+                group = await consumer.receive(10)
+            found |= {delivery.message_id: dict(delivery.headers) for delivery in group}
+            await consumer.ack(group)
+        await consumer.close()
+    finally:
+        await broker.close()
+    return found
+
+
+async def test_a_job_succeeds_with_the_text_that_was_streamed(backend) -> None:
+    """The stream and the result are two views of one thing."""
+    prompt = "def add(a, b):"
+    async with worker_task(backend.settings()), backend.client() as client:
+        job = await client.submit(prompt, stream=True, lane="interactive", sampling={"max_tokens": 40})
+
+        events = [event async for event in job.stream()]
+        result = await job.result(timeout=20)
+
+    expected, token_ids, reason = simulated_completion(prompt, 40)
+    assert result.state is State.SUCCEEDED
+    assert result.text == expected
+    assert result.finish_reason == reason
+    assert result.usage.completion_tokens == len(token_ids)
+    assert "".join(event.text for event in events) == result.text
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert events[-1].kind is EventKind.END
+
+
+async def test_three_hundred_jobs_of_all_lanes_each_get_their_own_answer(backend) -> None:
+    """Batches, groups and settling mix many jobs; no result may end up under another id."""
+    prompts = [f"def job_{n}():" for n in range(300)]
+    lanes = [list(Lane)[n % 3] for n in range(300)]
+    async with worker_task(backend.settings()), backend.client() as client:
+        submissions = [
+            Submission(prompt, lane=lane, sampling={"max_tokens": 20})
+            for prompt, lane in zip(prompts, lanes, strict=True)
+        ]
+        jobs = [job for job in await client.submit_many(submissions) if not isinstance(job, FleetError)]
+
+        results = await asyncio.gather(*[job.result(timeout=60) for job in jobs])
+
+    assert [result.text for result in results] == [simulated_completion(prompt, 20)[0] for prompt in prompts]
+
+
+async def test_the_same_key_attaches_and_replays_the_same_result(backend) -> None:
+    """A caller that retries must get the job it has, not a second one."""
+    async with worker_task(backend.settings()), backend.client() as client:
+        first = await client.submit("def once():", idempotency_key="once")
+        result = await first.result(timeout=20)
+
+        second = await client.submit("def once():", idempotency_key="once")
+
+        assert (second.id, second.attached) == (first.id, True)
+        assert second.accepted_status.result == result
+
+
+async def test_a_prompt_that_is_too_long_fails_and_is_dead_lettered_with_the_reason(backend) -> None:
+    """It can never succeed, so it is not retried; and the dead-letter queue says why."""
+    settings = backend.settings(engine={"max_model_len": 64})
+    async with worker_task(settings), backend.client() as client:
+        job = await client.submit("x" * 1_000)
+        result = await job.result(timeout=20)
+        dead = await dead_letters(settings, 1)
+
+    assert result.state is State.FAILED
+    assert result.error is not None
+    assert result.error.code == "prompt_too_long"
+    assert dead[job.id]["reason"] == "prompt_too_long"
+    assert json.loads(str(dead[job.id]["history"]))[0]["attempt"] == 1
+
+
+async def test_a_job_that_fails_in_the_engine_is_tried_again_through_a_delay_queue(backend) -> None:
+    """Two attempts, then failed: attempts are counted in the record and end."""
+    settings = backend.settings(worker={"max_attempts": 2})
+    async with worker_task(settings), backend.client() as client:
+        job = await client.submit("!fail in the engine")
+        result = await job.result(timeout=30)
+        status = await job.status()
+
+    assert (result.state, status.attempt) == (State.FAILED, 2)
+    assert result.error is not None
+    assert result.error.code == "engine_error"
+
+
+async def test_a_running_job_is_cancelled_within_a_renewal(backend) -> None:
+    """The tokens it showed before stay; the state is cancelled."""
+    async with worker_task(backend.settings(engine={"time_scale": 5.0})), backend.client() as client:
+        job = await client.submit(endless_prompt(), stream=True, sampling=LONG)
+        await first_token(client, job.id)
+
+        verdict = await job.cancel()
+        result = await job.result(timeout=20)
+
+    assert verdict is CancelVerdict.REQUESTED
+    assert result.state is State.CANCELLED
+    assert 0 < result.usage.completion_tokens < 250
+
+
+async def test_a_queued_job_is_cancelled_at_once(backend) -> None:
+    """Nobody has it, so nobody needs to be asked."""
+    async with worker_task(backend.settings()):
+        pass  # the queues are declared, and nobody consumes
+    async with backend.client() as client:
+        job = await client.submit("def never():")
+
+        assert await job.cancel() is CancelVerdict.CANCELLED
+        assert (await job.status()).state is State.CANCELLED
+
+
+async def test_a_job_past_its_deadline_in_the_queue_expires(backend) -> None:
+    """The worker that comes late must not run it."""
+    async with worker_task(backend.settings()):
+        pass
+    async with backend.client() as client:
+        job = await client.submit("def late():", timeout_s=1e-6)
+        async with worker_task(backend.settings()):
+            result = await job.result(timeout=20)
+
+    assert result.state is State.EXPIRED
+    assert result.usage.completion_tokens == 0
+
+
+async def test_a_job_past_its_deadline_in_the_engine_is_aborted_and_expires(backend) -> None:
+    """Nobody waits for it any more, so its slot goes to others."""
+    async with worker_task(backend.settings(engine={"time_scale": 20.0})), backend.client() as client:
+        job = await client.submit(endless_prompt(), timeout_s=1.0, sampling=LONG)
+        result = await job.result(timeout=20)
+
+    assert result.state is State.EXPIRED
+    assert result.error is not None
+    assert result.error.code == "deadline_exceeded"
+
+
+async def test_a_hung_engine_is_replaced_and_its_neighbours_complete(embedded) -> None:
+    """No token for stall_s: closed by force, started again; the job that hangs ends alone as poison."""
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        hanging = await client.submit("!hang for ever")
+        neighbours = [await client.submit(f"def neighbour_{n}():", stream=n % 2 == 0) for n in range(6)]
+
+        results = await asyncio.gather(*[job.result(timeout=40) for job in neighbours])
+        hung = await hanging.result(timeout=40)
+
+    assert {result.state for result in results} == {State.SUCCEEDED}
+    assert hung.error is not None
+    assert hung.error.code == "poison"
+
+
+async def test_a_job_that_kills_the_engine_is_isolated_while_its_neighbours_complete(embedded) -> None:
+    """One bad job must not take the others along, however often it comes back."""
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        neighbours = [await client.submit(f"def neighbour_{n}():") for n in range(6)]
+        killer = await client.submit("!die")
+
+        results = await asyncio.gather(*[job.result(timeout=40) for job in neighbours])
+        killed = await killer.result(timeout=40)
+
+    assert {result.state for result in results} == {State.SUCCEEDED}
+    assert killed.error is not None
+    assert killed.error.code == "poison"
+
+
+async def test_a_seeded_job_that_was_streamed_starts_over_behind_a_restarted_event(embedded) -> None:
+    """It cannot be continued exactly, so readers are told to drop what they have."""
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        seeded = await client.submit(
+            endless_prompt(), stream=True, sampling={"max_tokens": 250, "seed": 1}, idempotency_key="seeded"
+        )
+        await first_token(client, seeded.id)
+        await client.submit("!die")
+
+        events = [event async for event in seeded.stream()]
+        result = await seeded.result(timeout=30)
+
+    kinds = [event.kind for event in events]
+    assert EventKind.RESTARTED in kinds
+    after = events[len(kinds) - kinds[::-1].index(EventKind.RESTARTED) :]
+    assert "".join(event.text for event in after) == result.text
+    assert result.usage.completion_tokens == 250
+
+
+async def test_a_client_that_is_not_open_says_so() -> None:
+    """A forgotten `async with` gets a sentence, not an attribute error."""
+    client = AsyncClient("sqlite:///unused.db", "sqlite:///unused.db")
+    with pytest.raises(FleetError, match="not open"):
+        await client.submit("def f():")

@@ -1,0 +1,93 @@
+"""A worker to test with: in this process as a task, or as a process of its own."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from codeyard.producer import AsyncClient
+from codeyard.shared.settings import Settings, load
+from codeyard.worker.service import Ready, run_worker
+
+FAULTS = {"!hang": "hang", "!die": "die", "!fail": "fail", "!exit": "exit"}
+READY_S = 60.0
+
+
+def latency_table(folder: Path) -> Path:
+    """The shipped table with faults named by prompt prefix."""
+    shipped = resources.files("codeyard.worker") / "data" / "vllm-h200-qwen2.5-7b.json"
+    path = folder / "table.json"
+    path.write_text(json.dumps({**json.loads(shipped.read_text()), "faults": FAULTS}))
+    return path
+
+
+def fleet_settings(folder: Path, broker_url: str, store_url: str, namespace: str, **groups: dict[str, Any]) -> Settings:
+    """Simulated engine, ten times as fast as the table; leases short enough to wait for."""
+    engine = {"latency_table": latency_table(folder), "time_scale": 0.1, "max_running": 8, **groups.pop("engine", {})}
+    worker = {"engine": "simulated", "stall_s": 0.5, "drain_s": 10, **groups.pop("worker", {})}
+    store = {"url": store_url, "lease_s": 1.0, "renew_s": 0.2, "grace_s": 0.2, **groups.pop("store", {})}
+    overrides = {"namespace": namespace, "broker": {"url": broker_url}, "store": store, "worker": worker}
+    return load(None, {**overrides, "engine": engine, **groups})
+
+
+@contextlib.asynccontextmanager
+async def worker_task(settings: Settings) -> AsyncIterator[asyncio.Event]:
+    """A worker in this process, ready; yields its stop event and drains it at the end."""
+    stop, ready = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(run_worker(settings, stop, on_ready=lambda _: ready.set()))
+        async with asyncio.timeout(READY_S):
+            await ready.wait()
+        try:
+            yield stop
+        finally:
+            stop.set()
+
+
+class WorkerProcess:
+    """`codeyard worker` with these settings. `start` returns when it serves."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._config = folder / "worker.yaml"
+        self._config.write_text(settings.model_dump_json())  # JSON is YAML
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "codeyard.cli.main", "worker", "--config", str(self._config)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        assert self.process.stdout is not None
+        async with asyncio.timeout(READY_S):
+            line = await self.process.stdout.readline()
+        assert line.startswith(b"worker "), "the worker ended at start"
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    async def ended(self) -> int:
+        """Its exit status."""
+        assert self.process is not None
+        async with asyncio.timeout(READY_S):
+            await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+
+async def first_token(client: AsyncClient, job_id: str) -> None:
+    """Return when a streaming job has shown its first token."""
+    stream = client.stream(job_id)
+    await anext(stream)
+    await stream.aclose()
+
+
+__all__ = ["Ready", "WorkerProcess", "first_token", "fleet_settings", "latency_table", "worker_task"]
