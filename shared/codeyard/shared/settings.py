@@ -142,7 +142,7 @@ class AdmissionSettings(_Group):
     )
     tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)  # others have 1.0
     tenant_slack: Annotated[float, Field(ge=0)] = 16_000.0  # tokens; served within this of each other: first come
-    margin: Annotated[float, Field(gt=0, le=1)] = 0.95  # of a promise; the rest is for what the model does not see
+    margin: Annotated[float, Field(gt=0, le=1)] = 0.93  # of a promise; the rest is for what the model does not see
     held_slots: Annotated[float, Field(ge=0, lt=1)] = 0.03  # of the slots, kept free for the lanes above bulk
     starvation_s: PositiveFloat = 30.0  # a lane with work in hand from which nothing was admitted for this long is next
     preempt_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of the running jobs, aborted for one promise at most

@@ -10,12 +10,12 @@ Each decision answers four questions, in this order; every formula is derived wh
    that comes then. So prompts are paced to `prompt_room` tokens per step of B seconds; while no promise
    per token holds, of a quarter of the strictest promise to the first token: an arrival waits for the
    step that runs and the one on its way, then for its own. A job that has waited a good part of its own
-   promise no longer waits for the pace.
+   promise may run ahead of the pace, but not far: the next one waits for what it took.
 3. *Who?* The lane whose turn it is by weight (lanes.py), in it the tenant served least (tenants.py), of
-   it the oldest job. Bulk leaves some slots free for the lanes above. A lane's head that was in hand for
-   `starvation_s` goes first.
+   it the oldest job. Bulk leaves some slots free for the lanes above. A lane with work from which nothing
+   was admitted for `starvation_s` is next, whatever its share.
 4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
-   head is late, it is that lane's turn and no slot is left, the youngest bulk jobs are preempted: they
+   head is late, the lane is short of its share and no slot is left, the youngest bulk jobs are preempted: they
    have the least to lose. At most `preempt_share` of what runs, until nobody was preempted for `calm_s`:
    each is prefilled again.
 
@@ -38,7 +38,8 @@ from codeyard.worker.scheduling.suspects import Quarantine
 from codeyard.worker.scheduling.tenants import COMPLETION_WEIGHT, Tenants
 from codeyard.worker.scheduling.window import Mix, prompt_room, widest
 
-PATIENCE_SHARE = 0.1  # of its own promise to the first token: then a job no longer waits for the pace
+PATIENCE_SHARE = 0.1  # of its own promise to the first token: then a job may run ahead of the pace
+DEBT_STEPS = 4.0  # so far, in steps' worth: others wait until it is paid back
 LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
@@ -80,8 +81,9 @@ class AdaptiveScheduler:
         firsts = [promise.first_token_s for promise in self._promises.values() if promise.first_token_s]
         self._first_token_s = min(firsts, default=math.inf)
         self._turns = LaneTurns(settings.shares)
-        self._lanes = {lane: Tenants(settings.tenant_weights) for lane in Lane}
+        self._lanes = {lane: Tenants(settings.tenant_weights, slack=settings.tenant_slack) for lane in Lane}
         self._in_hand_s: dict[Lane, dict[JobId, float]] = {lane: {} for lane in Lane}  # oldest first
+        self._admitted_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # the last one
         self._suspects = Quarantine(slots=slots)
         self._apart = False
         self._running: dict[JobId, _Run] = {}
@@ -149,9 +151,12 @@ class AdaptiveScheduler:
         job, tenants = run.job, self._lanes[run.job.lane]
         self._count[job.lane] -= 1
         self._bulk.pop(job_id, None)
-        tenants.charge(job.tenant, job.prompt_tokens + COMPLETION_WEIGHT * run.tokens - run.cost)
+        unused = run.cost - job.prompt_tokens - COMPLETION_WEIGHT * run.tokens
+        tenants.charge(job.tenant, -unused)
         preempted = job_id in self._preempting
-        self._preempting.discard(job_id)
+        if preempted:
+            self._preempting.discard(job_id)
+            self._turns.preempted(job.lane, max(0.0, unused))
         if run.tokens:
             self._mix.left(run.tokens, by_itself=not preempted)
             if not preempted:
@@ -219,22 +224,21 @@ class AdaptiveScheduler:
             if not lanes and starving is None:
                 break
             lane = starving or self._turns.next(lanes)
-            job = self._lanes[lane].next()
-            assert job is not None  # the lane has work
-            wait_s = 0.0 if starving else self._pace_s(job, limits)
+            wait_s = 0.0 if starving else self._pace_s(lane, limits)
             if wait_s > 0:
-                patient = [other for other in lanes if other is not lane and self._impatient(other)]
-                if not patient:
+                others = [other for other in lanes if other is not lane and self._impatient(other)]
+                if not others or self._pace_s(others[0], limits) > 0:
                     return tuple(admitted), wait_s
-                lane = patient[0]
+                lane = others[0]
             admitted.append(self._start(lane))
         return tuple(admitted), None
 
-    def _pace_s(self, job: Candidate, limits: _Limits) -> float:
-        """Seconds until the pace lets this job through."""
-        if self._room >= 0 or math.isinf(limits.room) or self._impatient(job.lane):
+    def _pace_s(self, lane: Lane, limits: _Limits) -> float:
+        """Seconds until the pace lets the head of this lane through."""
+        allowed = -DEBT_STEPS * limits.room if self._impatient(lane) else 0.0
+        if math.isinf(limits.room) or self._room >= allowed:
             return 0.0
-        return -self._room / limits.room * limits.pace_s + 1e-6
+        return (allowed - self._room) / limits.room * limits.pace_s + 1e-6
 
     def _impatient(self, lane: Lane, share: float = PATIENCE_SHARE) -> bool:
         """Has the head of this lane waited for this share of its promise?"""
@@ -243,17 +247,19 @@ class AdaptiveScheduler:
         return bool(promise_s) and job is not None and self._now_s - job.submitted_s > share * promise_s
 
     def _starving(self) -> Lane | None:
-        """A lane whose oldest job was in hand for too long."""
+        """A lane with work in hand from which nothing was admitted for too long."""
         for lane, since in self._in_hand_s.items():
-            oldest_s = next(iter(since.values()), None)
-            if oldest_s is not None and self._now_s - oldest_s >= self._settings.starvation_s:
-                return lane
+            if since and self._now_s - self._settings.starvation_s >= self._admitted_s[lane]:
+                oldest_s = next(iter(since.values()))
+                if self._now_s - oldest_s >= self._settings.starvation_s:
+                    return lane
         return None
 
     def _start(self, lane: Lane) -> JobId:
         tenants = self._lanes[lane]
         job = tenants.take()
         del self._in_hand_s[lane][job.job_id]
+        self._admitted_s[lane] = self._now_s
         cost = tenants.cost(job)
         tenants.charge(job.tenant, cost)
         self._turns.charge(lane, cost)
@@ -292,13 +298,12 @@ class AdaptiveScheduler:
         return tuple(chosen)
 
     def _late(self) -> int:
-        """Jobs of lanes above bulk that are about to miss their promise though it is their lane's turn."""
+        """Jobs of lanes above bulk that are about to miss their promise though their lane is short of its share."""
+        with_work = [lane for lane, waiting in self._lanes.items() if waiting or self._count[lane]]
         return sum(
             len(waiting)
             for lane, waiting in self._lanes.items()
-            if lane is not Lane.BULK
-            and self._impatient(lane, LATE_SHARE)
-            and self._turns.next((lane, Lane.BULK)) is lane
+            if lane is not Lane.BULK and self._impatient(lane, LATE_SHARE) and self._turns.short_of(lane, with_work)
         )
 
     def _admit_suspects(self) -> Decision:

@@ -18,6 +18,7 @@ class LaneTurns:
     def __init__(self, shares: Mapping[Lane, float]) -> None:
         self._shares = {lane: float(shares.get(lane, 1)) for lane in Lane}
         self._clock = dict.fromkeys(Lane, 0.0)
+        self._recent = dict.fromkeys(Lane, 0.0)  # cost admitted lately
         self._now = 0.0  # where the lane served last stood when it was served
 
     def next(self, with_work: Iterable[Lane]) -> Lane:
@@ -28,6 +29,23 @@ class LaneTurns:
         """Work worth `cost` (any unit, always the same one) was admitted from this lane."""
         self._now = max(self._now, self._clock[lane])
         self._clock[lane] = self._now + cost / self._shares[lane]
+        for each in Lane:
+            self._recent[each] *= _FADE
+        self._recent[lane] += cost
+
+    def preempted(self, lane: Lane, unused: float) -> None:
+        """Of what was charged, this much was not used after all. The turn is not given back: it was another's need."""
+        self._recent[lane] = max(0.0, self._recent[lane] - unused)
+
+    def short_of(self, lane: Lane, with_work: Iterable[Lane]) -> bool:
+        """Was clearly less admitted from this lane lately than its share among those with work?
+
+        A lane that always has more work than its share never is: it waits for no fault of the others.
+        """
+        share = self._shares[lane] / (self._shares[lane] + sum(self._shares[other] for other in {*with_work} - {lane}))
+        return self._recent[lane] < _CLEARLY * share * sum(self._recent.values())
 
 
+_FADE = 0.98  # a memory of about 50 jobs
+_CLEARLY = 0.8
 _URGENCY = {lane: place for place, lane in enumerate(Lane)}

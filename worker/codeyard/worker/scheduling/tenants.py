@@ -1,14 +1,18 @@
 """Tenants of one lane, served fairly by the tokens they really use: virtual token counters.
 
 Sheng et al., "Fairness in Serving Large Language Models" (arXiv 2401.00588): each tenant has a counter
-of the service it got, the tenant with the smallest counter is next, and one that comes back from having
-nothing to do is lifted to the smallest counter of those that had, so that idling earns no credit.
-Service is `prompt + 2 * completion` tokens over the tenant's weight: a generated token costs about twice
-a prefilled one. At admission the completion is an estimate (the mean of what the tenant's jobs in this
-lane turned out to be, at most the job's limit); when the job ends, the counter is set right.
+of the service it got, `prompt + 2 * completion` tokens over its weight (a generated token costs about
+twice a prefilled one), and the tenant with the smallest counter is next. At admission the completion is
+an estimate (the mean of what the tenant's jobs in this lane turned out to be, at most the job's limit);
+when the job ends, the counter is set right.
+
+Here counters within `slack` tokens of the smallest count as equal, and among equals the oldest job is
+next: tenants that ask for about the same are served in the order they came, so waits are even and can be
+promised. A tenant that had nothing waiting comes back with at most twice `slack` of credit: enough to be
+ahead of one that never stops, not enough to lock it out.
 
 Bound: between two tenants that both have jobs waiting all the time, service over weight differs by at
-most the cost of the jobs running at once plus one, whatever either of them asks for.
+most twice `slack`, the cost of the jobs running at once, and one more, whatever either of them asks for.
 """
 
 import heapq
@@ -26,8 +30,9 @@ REMEMBERED = 4_096  # tenants without a job; beyond, the least served are forgot
 class Tenants:
     """Waiting jobs of one lane. Every operation is O(log jobs)."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, weights: Mapping[str, float], *, slack: float) -> None:
         self._weights = weights
+        self._slack = slack
         self._served: dict[str, float] = {}
         self._expected: dict[str, float] = {}  # completion tokens
         self._mean = FIRST_GUESS  # of the lane
@@ -35,8 +40,11 @@ class Tenants:
         self._jobs: dict[JobId, Candidate] = {}
         self._counts: dict[str, int] = {}  # waiting jobs of a tenant
         self._order = 0
-        self._turns: list[tuple[float, str]] = []  # heap of (served, tenant); stale where served has moved
-        self._floor = 0.0  # the counter of the tenant served last, as it stood then
+        # Heaps of tenants with waiting jobs; an entry is stale where the number in it no longer holds.
+        self._least: list[tuple[float, str]] = []  # all, by counter
+        self._equals: list[tuple[float, int, str]] = []  # those within the slack, by their oldest job
+        self._behind: list[tuple[float, str]] = []  # the others, by counter
+        self._floor = 0.0  # the smallest counter when somebody last waited
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -49,17 +57,21 @@ class Tenants:
         return self._served.get(tenant, 0.0)
 
     def add(self, job: Candidate) -> None:
-        """The job waits. A tenant that had none waiting is lifted to the least served that has."""
+        """The job waits. A tenant that had none waiting keeps at most twice `slack` of credit."""
         tenant = job.tenant
-        if not self._counts.get(tenant):
-            least = self._least()
-            lift = least if least is not None else self._floor
-            self._served[tenant] = max(self._served.get(tenant, 0.0), lift)
-            heapq.heappush(self._turns, (self._served[tenant], tenant))
+        returns = not self._counts.get(tenant)
+        if returns:
+            self._served[tenant] = max(self._served.get(tenant, 0.0), self._smallest() - 2.0 * self._slack)
         self._counts[tenant] = self._counts.get(tenant, 0) + 1
         self._order += 1
         self._jobs[job.job_id] = job
-        heapq.heappush(self._waiting.setdefault(tenant, []), (job.submitted_s, self._order, job.job_id))
+        heap = self._waiting.setdefault(tenant, [])
+        entry = (job.submitted_s, self._order, job.job_id)
+        heapq.heappush(heap, entry)
+        if returns:
+            heapq.heappush(self._least, (self._served[tenant], tenant))
+        if returns or heap[0] is entry:
+            heapq.heappush(self._equals, (*entry[:2], tenant))
 
     def remove(self, job_id: JobId) -> Candidate | None:
         job = self._jobs.pop(job_id, None)
@@ -68,19 +80,17 @@ class Tenants:
         return job
 
     def next(self) -> Candidate | None:
-        """The longest-waiting job of the tenant served least; it stays."""
-        if self._least() is None:
-            return None
-        return self._jobs[self._head(self._turns[0][1])]
+        """The oldest job among the tenants served least; it stays."""
+        tenant = self._turn()
+        return self._jobs[self._head(tenant)[2]] if tenant is not None else None
 
     def take(self) -> Candidate:
         """`next`, and it leaves. Charge it with `charge`."""
-        if self._least() is None:
+        tenant = self._turn()
+        if tenant is None:
             raise LookupError("nobody waits")
-        served, tenant = self._turns[0]
-        job = self._jobs.pop(self._head(tenant))
+        job = self._jobs.pop(self._head(tenant)[2])
         heapq.heappop(self._waiting[tenant])
-        self._floor = served
         self._uncount(tenant)
         return job
 
@@ -97,7 +107,8 @@ class Tenants:
         served = self._served.get(tenant, self._floor) + cost / self._weights.get(tenant, 1.0)
         self._served[tenant] = served
         if self._counts.get(tenant):
-            heapq.heappush(self._turns, (served, tenant))
+            heapq.heappush(self._least, (served, tenant))
+            heapq.heappush(self._behind, (served, tenant))  # looked at again in its turn
 
     def learn(self, tenant: str, completion_tokens: int) -> None:
         """A job of the tenant ended by itself with this many tokens."""
@@ -105,29 +116,49 @@ class Tenants:
         known = self._expected.get(tenant, self._mean)
         self._expected[tenant] = known + _LEARN * (completion_tokens - known)
 
-    def _least(self) -> float | None:
-        """The smallest counter among tenants with waiting jobs; drops stale turns on the way."""
-        turns = self._turns
-        while turns:
-            served, tenant = turns[0]
+    def _turn(self) -> str | None:
+        """The tenant whose oldest job is next."""
+        if not self._jobs:
+            return None
+        limit = self._smallest() + self._slack
+        while self._behind and self._behind[0][0] <= limit:
+            served, tenant = heapq.heappop(self._behind)
             if self._counts.get(tenant) and self._served[tenant] == served:
-                return served
-            heapq.heappop(turns)
-        return None
+                heapq.heappush(self._equals, (*self._head(tenant)[:2], tenant))
+        while True:
+            submitted_s, order, tenant = self._equals[0]
+            if self._counts.get(tenant) and self._head(tenant)[:2] == (submitted_s, order):
+                if self._served[tenant] <= limit:
+                    return tenant
+                heapq.heappush(self._behind, (self._served[tenant], tenant))
+            heapq.heappop(self._equals)
 
-    def _head(self, tenant: str) -> JobId:
+    def _smallest(self) -> float:
+        """The smallest counter among tenants with waiting jobs, or when there last was one."""
+        least = self._least
+        while least:
+            served, tenant = least[0]
+            if self._counts.get(tenant) and self._served[tenant] == served:
+                self._floor = served
+                break
+            heapq.heappop(least)
+        return self._floor
+
+    def _head(self, tenant: str) -> tuple[float, int, JobId]:
         heap = self._waiting[tenant]
         while heap[0][2] not in self._jobs:
             heapq.heappop(heap)
-        return heap[0][2]
+        return heap[0]
 
     def _uncount(self, tenant: str) -> None:
         self._counts[tenant] -= 1
-        if not self._counts[tenant]:
-            del self._counts[tenant]
-            del self._waiting[tenant]
-            if len(self._served) > 2 * REMEMBERED:
-                self._forget()
+        if self._counts[tenant]:
+            heapq.heappush(self._equals, (*self._head(tenant)[:2], tenant))
+            return
+        del self._counts[tenant]
+        del self._waiting[tenant]
+        if len(self._served) > 2 * REMEMBERED:
+            self._forget()
 
     def _forget(self) -> None:
         idle = sorted((name for name in self._served if name not in self._counts), key=self._served.__getitem__)

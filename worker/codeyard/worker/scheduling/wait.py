@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from codeyard.shared.job import Lane
 
-SPAN_S = 2.0
+SPAN_S = 1.0
 BUCKETS = 8
 
 
