@@ -166,6 +166,7 @@ class JobStatus(BaseModel):
     finished_at: float | None
     deadline_at: float
     cancel_requested: bool
+    last_seq: int  # of its events: a stream resumes after at most this
     result: Result | None
 
     @classmethod
@@ -185,6 +186,7 @@ class JobStatus(BaseModel):
             finished_at=record.finished_at or None,
             deadline_at=record.deadline_at,
             cancel_requested=record.cancel_requested,
+            last_seq=record.last_seq,
             result=record.result,
         )
 

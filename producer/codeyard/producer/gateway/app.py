@@ -1,247 +1,261 @@
-"""The native routes: submit, read, follow and cancel jobs. A thin shell over AsyncClient.
+"""The native routes: submit, read, follow and cancel jobs. A thin shell over the client.
 
-    POST   /v1/jobs              202 + Location | 200 with the outcome (Prefer: wait=N, or attached and final)
-    GET    /v1/jobs/{id}         status and result
+    POST   /v1/jobs              202 + Location | 200 with the outcome (attached and final, or `Prefer: wait=N`)
+    GET    /v1/jobs              the newest
+    GET    /v1/jobs/{id}         status and result; `Prefer: wait=N` waits for the end
     GET    /v1/jobs/{id}/events  server-sent events, resumed with Last-Event-ID
     DELETE /v1/jobs/{id}         cancel
-    GET    /v1/jobs              the newest
-    GET    /healthz /readyz /metrics /openapi.json /docs
+    GET    / /docs /openapi.json /healthz /readyz /metrics
 
-docs/http-api.md is the reference. Called by: gateway.serve, tests.
+Handlers take the bare request and answer with encoded JSON: `requests` checks what comes in, so that every
+refusal names its field in one way, and nothing is validated twice. docs/http-api.md is the reference.
+Called by: gateway.serve, tests.
 """
 
 import asyncio
 import json
-import re
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
-from codeyard.producer.async_client import AsyncClient
-from codeyard.producer.gateway import problems
-from codeyard.producer.gateway.limits import Measured, read_body
-from codeyard.producer.gateway.openapi import describe, reference_page
-from codeyard.producer.gateway.problems import BadRequest, problem_kind
-from codeyard.shared.errors import FleetError, InvalidJob, JobNotFound, ResultTimeout
+from codeyard.producer.gateway import requests
+from codeyard.producer.gateway.edge import Edge
+from codeyard.producer.gateway.jobs import Jobs
+from codeyard.producer.gateway.openapi import describe
+from codeyard.producer.gateway.pages import landing_page, reference_page
+from codeyard.producer.gateway.problems import Refused, kind_of, problem, problem_of
+from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
+from codeyard.producer.gateway.waiting import hung_up, unless
+from codeyard.shared.errors import BrokerUnavailable, FleetError, ResultTimeout, StoreUnavailable
 from codeyard.shared.job import JobId
-from codeyard.shared.record import EventKind, JobStatus
+from codeyard.shared.record import JobStatus
 from codeyard.shared.settings import GatewaySettings
 from codeyard.shared.telemetry import Metrics
 
-FIELDS = frozenset({"model", "prompt", "lane", "sampling", "stream", "timeout_s", "metadata"})
-HEARTBEAT_S = 15.0  # between comments on a silent event stream: proxies close idle connections
-RECONNECT_MS = 1_000  # what an EventSource waits before it resumes
-READY_S = 2.0  # for broker and store to answer a readiness probe
-MAX_RECENT = 1_000
-WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,5})\"?")
+log = logging.getLogger(__name__)
+
+READY_S = 2.0  # for a server to answer a readiness probe
+
+Probe = Callable[[], Awaitable[str]]
+"""Name and version of a server. Raises BrokerUnavailable or StoreUnavailable."""
 
 
-def create_app(client: AsyncClient, settings: GatewaySettings, metrics: Metrics, stopping: asyncio.Event) -> FastAPI:
-    """The app. `stopping` ends event streams politely, so that their readers resume elsewhere."""
-    app = FastAPI(title="codeyard", docs_url=None, redoc_url=None, openapi_url=None)
-    problems.install(app)
-    app.add_middleware(Measured, max_body_bytes=settings.max_body_bytes, metrics=metrics)
-
-    @app.post("/v1/jobs")
-    async def submit(request: Request) -> Response:
-        fields = _fields(request, await read_body(request))
-        key = request.headers.get("idempotency-key")
-        if key is not None and not 0 < len(key) <= 200:
-            raise BadRequest("Idempotency-Key has 1 to 200 characters", field="Idempotency-Key")
-        wait_s = _wait_s(request, settings.max_wait_s)
-        lane = str(fields.get("lane", "standard"))
-        try:
-            job = await client.submit(**fields, idempotency_key=key, traceparent=request.headers.get("traceparent"))
-        except FleetError as error:
-            metrics.submissions.labels(lane=_known(lane), outcome=problem_kind(error)).inc()
-            raise
-        metrics.submissions.labels(lane=_known(lane), outcome="attached" if job.attached else "accepted").inc()
-        status = job.accepted_status
-        if wait_s is not None and not status.state.final:
-            try:
-                status = await client.wait(job.id, wait_s)
-            except ResultTimeout:
-                status = await client.status(job.id)
-        headers = {"Location": f"/v1/jobs/{job.id}"}
-        if wait_s is not None:
-            headers["Preference-Applied"] = f"wait={wait_s:g}"
-        return _json(_view(status, attached=job.attached), 200 if status.state.final else 202, headers)
-
-    @app.get("/v1/jobs")
-    async def recent(limit: int = 20) -> Response:
-        if not 1 <= limit <= MAX_RECENT:
-            raise BadRequest(f"limit is 1 to {MAX_RECENT}", field="limit")
-        return _json({"jobs": [_view(status) for status in await client.recent(limit)]})
-
-    @app.get("/v1/jobs/{job_id}")
-    async def status(job_id: JobId) -> Response:
-        return _json(_view(await client.status(_checked(job_id))))
-
-    @app.delete("/v1/jobs/{job_id}")
-    async def cancel(job_id: JobId) -> Response:
-        verdict = await client.cancel(_checked(job_id))
-        return _json({"id": job_id, "outcome": str(verdict)})
-
-    @app.get("/v1/jobs/{job_id}/events")
-    async def events(request: Request, job_id: JobId, after: int = 0) -> Response:
-        after = _after(request, after)
-        status = await client.status(_checked(job_id))
-        if status.state.final and (await _last_seq(client, job_id)) <= after:
-            return Response(status_code=204)  # tells an EventSource to stop
-        stream = _sse(client, job_id, after, stopping, metrics)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        return _json({"status": "ok"})
-
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        async with asyncio.timeout(READY_S):
-            store = await client.store.ping()
-            ping = getattr(client.publisher, "ping", None)
-            broker = await ping() if ping is not None else "unknown"
-        return _json({"status": "ready", "broker": broker, "store": store})
-
-    @app.get("/metrics")
-    async def exposition() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/openapi.json")
-    async def openapi() -> Response:
-        return _json(describe())
-
-    @app.get("/docs")
-    @app.get("/")
-    async def page() -> Response:
-        return HTMLResponse(reference_page())
-
-    async def not_ready(_: Request, error: Exception) -> Response:
-        return problems.problem(
-            503, "not-ready", "broker or store did not answer in time", headers={"Retry-After": "2"}
-        )
-
-    app.add_exception_handler(TimeoutError, not_ready)
+def create_app(
+    jobs: Jobs,
+    settings: GatewaySettings,
+    *,
+    probes: Mapping[str, Probe],
+    metrics: Metrics,
+    stopping: asyncio.Event,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> FastAPI:
+    """The app. `probes` are asked by /readyz; `stopping` ends waits and streams, so that callers go elsewhere."""
+    app = FastAPI(title="codeyard", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Edge, metrics=metrics)
+    _answer_errors(app)
+    native = _Native(jobs, settings, metrics, stopping, heartbeat_s)
+    operations = _Operations(probes, metrics, stopping)
+    for path, method, handler in (
+        ("/v1/jobs", "POST", native.submit),
+        ("/v1/jobs", "GET", native.recent),
+        ("/v1/jobs/{job_id}", "GET", native.status),
+        ("/v1/jobs/{job_id}", "DELETE", native.cancel),
+        ("/v1/jobs/{job_id}/events", "GET", native.events),
+        ("/", "GET", operations.landing),
+        ("/docs", "GET", operations.reference),
+        ("/openapi.json", "GET", operations.openapi),
+        ("/healthz", "GET", operations.healthz),
+        ("/readyz", "GET", operations.readyz),
+        ("/metrics", "GET", operations.exposition),
+    ):
+        app.router.add_route(path, handler, methods=[method])
     return app
 
 
-# Reading a request ---------------------------------------------------------------------------------
+class _Native:
+    """The life of a job over HTTP."""
+
+    def __init__(
+        self, jobs: Jobs, settings: GatewaySettings, metrics: Metrics, stopping: asyncio.Event, heartbeat_s: float
+    ) -> None:
+        self._jobs = jobs
+        self._settings = settings
+        self._metrics = metrics
+        self._stopping = stopping
+        self._heartbeat_s = heartbeat_s
+
+    async def submit(self, request: Request) -> Response:
+        lane = "unknown"  # until the body is read
+        try:
+            key = requests.idempotency_key(request.headers)
+            asked = await requests.read_submission(request, self._settings.max_body_bytes)
+            lane = asked.lane.value
+            job = await self._jobs.submit(
+                asked.prompt,
+                model=asked.model,
+                lane=asked.lane,
+                idempotency_key=key,
+                sampling=asked.sampling,
+                stream=asked.stream,
+                timeout_s=asked.timeout_s,
+                metadata=asked.metadata,
+                traceparent=requests.traceparent(request.headers),
+            )
+        except (Refused, FleetError) as error:
+            self._metrics.submissions.labels(lane=lane, outcome=kind_of(error)).inc()
+            raise
+        self._metrics.submissions.labels(lane=lane, outcome="attached" if job.attached else "accepted").inc()
+        status, headers = await self._awaited(request, job.id, job.accepted_status)
+        headers["Location"] = f"/v1/jobs/{job.id}"
+        code = 200 if status.state.final else 202
+        return _json({**_view(status), "attached": job.attached}, code, headers)
+
+    async def recent(self, request: Request) -> Response:
+        limit = requests.whole_number(request, "limit", default=20, least=1, most=requests.MAX_RECENT)
+        return _json({"jobs": [_view(status) for status in await self._jobs.recent(limit)]})
+
+    async def status(self, request: Request) -> Response:
+        job_id = requests.path_job_id(request)
+        status, headers = await self._awaited(request, job_id, await self._jobs.status(job_id))
+        return _json(_view(status), 200, headers)
+
+    async def cancel(self, request: Request) -> Response:
+        job_id = requests.path_job_id(request)
+        return _json({"id": job_id, "outcome": (await self._jobs.cancel(job_id)).value})
+
+    async def events(self, request: Request) -> Response:
+        job_id = requests.path_job_id(request)
+        status = await self._jobs.status(job_id)
+        after = requests.resume_after(request, status.last_seq)
+        if status.state.final and after == status.last_seq:
+            return Response(status_code=204)  # tells an EventSource to stop
+        if request.method == "HEAD":
+            return Response(media_type=EventStream.media_type)
+        return EventStream(
+            self._jobs.stream(job_id, after),
+            stopping=self._stopping,
+            streams_open=self._metrics.streams_open,
+            heartbeat_s=self._heartbeat_s,
+        )
+
+    async def _awaited(self, request: Request, job_id: JobId, status: JobStatus) -> tuple[JobStatus, dict[str, str]]:
+        """The status after the wait the caller prefers, if any, and the headers that say so."""
+        wait_s = requests.preferred_wait_s(request.headers, self._settings.max_wait_s)
+        if wait_s is None:
+            return status, {}
+        if not status.state.final:
+            status = await self._final_within(request, job_id, wait_s) or await self._jobs.status(job_id)
+        return status, {"Preference-Applied": f"wait={requests.seconds(wait_s)}"}
+
+    async def _final_within(self, request: Request, job_id: JobId, wait_s: float) -> JobStatus | None:
+        """None if it goes on, or the gateway stops. Raises ClientDisconnect if there is nobody to tell."""
+        gone = False
+
+        async def caller_gone() -> None:
+            nonlocal gone
+            await hung_up(request.receive)
+            gone = True
+
+        try:
+            status = await unless(self._jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
+        except ResultTimeout:
+            return None
+        if status is None and gone:
+            raise ClientDisconnect
+        return status
 
 
-def _fields(request: Request, body: bytes) -> dict[str, Any]:
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise BadRequest(f"send application/json, not {kind}", status=415, field="Content-Type")
+class _Operations:
+    """What the people and machines that run the gateway ask."""
+
+    def __init__(self, probes: Mapping[str, Probe], metrics: Metrics, stopping: asyncio.Event) -> None:
+        self._probes = probes
+        self._metrics = metrics
+        self._stopping = stopping
+
+    async def healthz(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        versions = await asyncio.gather(*(_asked(probe) for probe in self._probes.values()))
+        answers: dict[str, Any] = dict(zip(self._probes, versions, strict=True))
+        away = [name for name, version in answers.items() if version is None]
+        if away or self._stopping.is_set():
+            detail = f"no answer from the {' and the '.join(away)}" if away else "the gateway is stopping"
+            return problem("not-ready", detail, **answers)
+        return _json({"status": "ready", **answers})
+
+    async def exposition(self, request: Request) -> Response:
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(describe())
+
+    async def reference(self, request: Request) -> Response:
+        return _page(reference_page())
+
+    async def landing(self, request: Request) -> Response:
+        return _page(landing_page())
+
+
+async def _asked(probe: Probe) -> str | None:
+    """None: no answer in time; the reason is in the log, as it may name hosts."""
     try:
-        fields = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}"[:300]) from None
-    if not isinstance(fields, dict):
-        raise BadRequest("the body is not a JSON object")
-    unknown = sorted(set(fields) - FIELDS)
-    if unknown:
-        raise InvalidJob(f"unknown field; there are {', '.join(sorted(FIELDS))}", field=unknown[0][:100])
-    for field in ("model", "prompt"):
-        if field not in fields:
-            raise InvalidJob("this field is required", field=field)
-    _check_types(fields)
-    return fields
+        async with asyncio.timeout(READY_S):
+            return await probe()
+    except (TimeoutError, BrokerUnavailable, StoreUnavailable) as error:
+        log.warning("not_ready", extra={"error": str(error) or f"no answer within {READY_S:g} s"})
+        return None
 
 
-def _check_types(fields: dict[str, Any]) -> None:
-    """What the client would otherwise trip over before the job's own validation."""
-    expected: dict[str, tuple[type, ...]] = {
-        "model": (str,),
-        "prompt": (str, list),
-        "sampling": (dict,),
-        "metadata": (dict,),
-    }
-    for field, types in expected.items():
-        if field in fields and not isinstance(fields[field], types):
-            raise InvalidJob(f"not a {' or '.join(kind.__name__ for kind in types)}", field=field)
+def _view(status: JobStatus) -> dict[str, Any]:
+    return status.model_dump(mode="json", exclude_none=True)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def _json(document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        json.dumps(document, separators=(",", ":")), status_code=status, media_type="application/json", headers=headers
+    )
 
 
-def _wait_s(request: Request, most: float) -> float | None:
-    """Of `Prefer: wait=N` (RFC 7240): at most `most`; None if it was not asked."""
-    found = WAIT.search(request.headers.get("prefer", ""))
-    return min(float(found[1]), most) if found else None
+def _page(html: str) -> Response:
+    return HTMLResponse(html, headers={"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"})
 
 
-def _after(request: Request, after: int) -> int:
-    text = request.headers.get("last-event-id")
-    if text is None:
-        text = str(after)
-    if not text.isascii() or not text.isdigit() or len(text) > 15:
-        raise BadRequest(f"Last-Event-ID is a sequence number, not {text[:40]!r}", field="Last-Event-ID")
-    return int(text)
+def _answer_errors(app: FastAPI) -> None:
+    """Ours and the framework's as problem documents. What is neither passes on to `Edge`."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Refused | FleetError)
+        if kind_of(error) == "internal-error":
+            raise error
+        return problem_of(error)
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            allowed = ", ".join(_allowed(app, request))
+            return problem("method-not-allowed", f"this route answers {allowed}", headers={"Allow": allowed})
+        if error.status_code == 404:
+            return problem("not-found", "there is no such route; see /docs")
+        raise error
+
+    app.add_exception_handler(Refused, ours)
+    app.add_exception_handler(FleetError, ours)
+    app.add_exception_handler(HTTPException, framework)
 
 
-def _checked(job_id: str) -> JobId:
-    if not re.fullmatch(r"[0-9a-f-]{36}", job_id):
-        raise JobNotFound(job_id[:40])
-    return job_id
-
-
-def _known(lane: str) -> str:
-    return lane if lane in ("interactive", "standard", "bulk") else "unknown"
-
-
-# Writing an answer ---------------------------------------------------------------------------------
-
-
-def _view(status: JobStatus, *, attached: bool | None = None) -> dict[str, Any]:
-    view = status.model_dump(mode="json", exclude_none=True)
-    if attached is not None:
-        view["attached"] = attached
-    return view
-
-
-def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(document), status_code=status, media_type="application/json", headers=headers)
-
-
-async def _last_seq(client: AsyncClient, job_id: JobId) -> int:
-    [record] = await client.store.read([job_id])
-    return record.last_seq if record is not None else 0
-
-
-async def _sse(
-    client: AsyncClient, job_id: JobId, after: int, stopping: asyncio.Event, metrics: Metrics
-) -> AsyncGenerator[str, None]:
-    """One event per entry of the job's stream, its sequence number as the SSE id; comments while silent."""
-    metrics.streams_open.inc()
-    stopped = asyncio.ensure_future(stopping.wait())
-    stream = client.stream(job_id, after)
-    following = asyncio.ensure_future(anext(stream))
-    try:
-        yield f"retry: {RECONNECT_MS}\n\n"
-        while True:
-            await asyncio.wait({following, stopped}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                if stopped.done():
-                    return
-                yield ": still here\n\n"
-                continue
-            try:
-                event = following.result()
-            except (StopAsyncIteration, FleetError):
-                return
-            body = event.model_dump(mode="json", exclude={"v"}, exclude_none=True)
-            yield f"id: {event.seq}\nevent: {event.kind}\ndata: {json.dumps(body)}\n\n"
-            if event.kind is EventKind.END:
-                return
-            following = asyncio.ensure_future(anext(stream))
-    finally:
-        metrics.streams_open.dec()
-        following.cancel()
-        stopped.cancel()
-        await asyncio.gather(following, stopped, return_exceptions=True)
-        await stream.aclose()
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    """Of all routes with this path: the framework names those of the first only."""
+    methods: set[str] = set()
+    for route in app.router.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)

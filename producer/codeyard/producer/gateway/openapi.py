@@ -1,232 +1,319 @@
-"""The API's description, and a reference page made of it that needs nothing from elsewhere.
+"""The API's description (OpenAPI 3.1), from which /docs is rendered too.
 
-Written by hand rather than derived from annotations: the routes parse their bodies themselves, so that
-errors name fields in one way. A test holds it against the routes.
+Written by hand around the models' own schemas: the handlers take bare requests. A test holds it against
+the routes there are, and others hold answers against it. Called by: app, pages.
 """
 
-import html
-import json
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
-from codeyard.shared.job import DEFAULT_TIMEOUT_S, Lane, Sampling
-from codeyard.shared.record import Event, JobStatus
+from pydantic import BaseModel
 
-EXAMPLE = {
-    "model": "starter",
-    "prompt": 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""',
+from codeyard.producer.gateway.problems import KINDS
+from codeyard.producer.gateway.requests import MAX_RECENT, SubmitBody
+from codeyard.shared.record import Event, JobStatus
+from codeyard.shared.store.port import CancelVerdict
+
+JOB_ID = "0f4a7c9e-5b1d-5c39-9f0e-2f6a5d0f5e9a"
+RUNNING = {
+    "id": JOB_ID,
+    "state": "queued",
     "lane": "interactive",
-    "sampling": {"max_tokens": 64, "temperature": 0.3},
-    "stream": True,
+    "model": "starter",
+    "revision": "starter-3f9a1c",
+    "tenant": "default",
+    "key": "fibonacci-1",
+    "attempt": 0,
+    "created_at": 1795226400.25,
+    "deadline_at": 1795312800.25,
+    "cancel_requested": False,
+    "last_seq": 0,
 }
+DONE = {
+    **RUNNING,
+    "state": "succeeded",
+    "attempt": 1,
+    "started_at": 1795226400.31,
+    "finished_at": 1795226400.94,
+    "last_seq": 12,
+    "result": {
+        "v": 1,
+        "state": "succeeded",
+        "text": "    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 21, "completion_tokens": 34},
+        "engine": "torch 2.13.0",
+        "batch_size": 4,
+        "first_token_s": 0.05,
+        "generate_s": 0.61,
+    },
+}
+EVENTS = (
+    "retry: 1000\n\n"
+    'id: 1\nevent: tokens\ndata: {"seq":1,"kind":"tokens","text":"    if n","token_ids":[301,77]}\n\n'
+    'id: 2\nevent: tokens\ndata: {"seq":2,"kind":"tokens","text":" < 2:","token_ids":[40,9]}\n\n'
+    'id: 3\nevent: end\ndata: {"seq":3,"kind":"end","state":"succeeded"}\n\n'
+)
+PROBLEM = {
+    "type": "/docs#invalid-job",
+    "title": "Invalid job",
+    "status": 422,
+    "detail": "Input should be less than or equal to 2",
+    "field": "sampling.temperature",
+    "errors": [{"field": "sampling.temperature", "detail": "Input should be less than or equal to 2"}],
+}
+READY = {"status": "ready", "broker": "rabbitmq 4.0.5", "store": "redis 8.0.2"}
 
 
 @cache
 def describe() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
-    status = _ref("JobStatus")
-    key = {
-        "name": "Idempotency-Key",
-        "in": "header",
-        "schema": {"type": "string", "maxLength": 200},
-        "description": "Your name for the job. The same key with the same body attaches to the job there.",
-    }
-    prefer = {
-        "name": "Prefer",
-        "in": "header",
-        "schema": {"type": "string", "examples": ["wait=10"]},
-        "description": "`wait=N`: answer with the result if the job is final within N seconds.",
-    }
+    """The document. Shared: do not change it."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "codeyard",
-            "version": "1",
-            "description": "Durable code-generation jobs: submit, then poll or stream by id.",
+            "version": version("codeyard"),
+            "description": "Durable code-generation jobs: submit with an idempotency key, poll or stream by id.",
         },
         "paths": {
-            "/v1/jobs": {
-                "post": {
-                    "summary": "Submit a job",
-                    "parameters": [key, prefer],
-                    "requestBody": {
-                        "required": True,
-                        "content": {"application/json": {"schema": _submission(), "example": EXAMPLE}},
-                    },
-                    "responses": {
-                        "202": _answer("Accepted: at the broker, confirmed. `Location` names the job.", status),
-                        "200": _answer("Final already: attached to a finished job, or within the wait.", status),
-                        **_problems(400, 404, 409, 413, 415, 422, 429, 503),
-                    },
-                },
-                "get": {
-                    "summary": "The newest jobs",
-                    "parameters": [_query("limit", "how many, 1 to 1000")],
-                    "responses": {"200": _answer("Newest first.", {"type": "object"}), **_problems(400, 422, 503)},
-                },
+            "/v1/jobs": {"post": _submit(), "get": _recent()},
+            "/v1/jobs/{job_id}": {"get": _status(), "delete": _cancel()},
+            "/v1/jobs/{job_id}/events": {"get": _events()},
+            "/healthz": {
+                "get": _operation("health", "Is the process alive?", {"200": _json("Yes.", {"status": "ok"})})
             },
-            "/v1/jobs/{job_id}": {
-                "get": {
-                    "summary": "Status and result",
-                    "parameters": [_job_id()],
-                    "responses": {"200": _answer("What is known now.", status), **_problems(404, 503)},
-                },
-                "delete": {
-                    "summary": "Cancel",
-                    "parameters": [_job_id()],
-                    "responses": {
-                        "200": _answer("`outcome`: cancelled, requested or already_final.", {"type": "object"}),
-                        **_problems(404, 503),
-                    },
-                },
-            },
-            "/v1/jobs/{job_id}/events": {
-                "get": {
-                    "summary": "Follow a job as server-sent events",
-                    "description": "Events `tokens`, `restarted` and `end`; the SSE id is the sequence number, "
-                    "from 1 without gap. Resume with `Last-Event-ID`.",
-                    "parameters": [_job_id(), _query("after", "resume after this sequence number")],
-                    "responses": {
-                        "200": {
-                            "description": "The stream.",
-                            "content": {"text/event-stream": {"schema": _ref("Event")}},
-                        },
-                        "204": {"description": "Nothing after that event: the job is final."},
-                        **_problems(400, 404, 422, 503),
-                    },
-                }
-            },
-            "/healthz": {"get": {"summary": "The process lives", "responses": {"200": {"description": "ok"}}}},
             "/readyz": {
-                "get": {
-                    "summary": "Broker and store answer",
-                    "responses": {"200": {"description": "with their versions"}, **_problems(503)},
-                }
+                "get": _operation(
+                    "readiness",
+                    "Do broker and store answer?",
+                    {"200": _json("Both do; with their versions.", READY), **_problems(503)},
+                )
             },
-            "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": {"description": "text"}}}},
+            "/metrics": {
+                "get": _operation("metrics", "Prometheus metrics", {"200": _text("text/plain", "docs/metrics.md")})
+            },
+            "/openapi.json": {"get": _operation("openapi", "This document", {"200": _json("OpenAPI 3.1.")})},
+            "/docs": {"get": _operation("docs", "This document as a page", {"200": _text("text/html", "The page.")})},
+            "/": {"get": _operation("landing", "Where to go", {"200": _text("text/html", "A page of links.")})},
         },
         "components": {"schemas": _schemas()},
     }
 
 
-@cache
-def reference_page() -> str:
-    """One HTML page: what it is, how to try it, every route."""
-    document = describe()
-    routes = []
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            answers = ", ".join(operation["responses"])
-            text = operation.get("description", "")
-            routes.append(
-                f"<tr><td><code>{method.upper()}</code></td><td><code>{html.escape(path)}</code></td>"
-                f"<td>{html.escape(operation['summary'])}. {html.escape(text)}</td><td>{answers}</td></tr>"
-            )
-    rows = "".join(_row(name, text) for name, text in _field_texts())
-    example = html.escape(json.dumps(EXAMPLE, indent=2))
-    return PAGE.format(routes="\n".join(routes), rows=rows, example=example)
-
-
-def _field_texts() -> list[tuple[str, str]]:
-    properties = _submission()["properties"]
-    return [(name, schema["description"]) for name, schema in properties.items()]
-
-
-def _row(name: str, text: str) -> str:
-    return f"<tr><td><code>{name}</code></td><td>{html.escape(text)}</td></tr>"
-
-
-def _submission() -> dict[str, Any]:
-    return {
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["model", "prompt"],
-        "properties": {
-            "model": {"type": "string", "description": "Alias of a model that a worker serves."},
-            "prompt": {
-                "oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer"}}],
-                "description": "Text, or token ids of the model's vocabulary.",
-            },
-            "lane": {
-                "enum": [str(lane) for lane in Lane],
-                "default": "standard",
-                "description": "Priority class: interactive, standard or bulk.",
-            },
-            "sampling": {**_ref("Sampling"), "description": f"How to generate: {', '.join(Sampling.model_fields)}."},
-            "stream": {
-                "type": "boolean",
-                "default": False,
-                "description": "Publish tokens as they come; without it they arrive in one piece.",
-            },
-            "timeout_s": {
-                "type": "number",
-                "default": DEFAULT_TIMEOUT_S,
-                "description": "Deadline in seconds from now; past it the job expires.",
-            },
-            "metadata": {"type": "object", "description": "Yours, at most 8 KiB, kept with the job."},
+def _submit() -> dict[str, Any]:
+    location = {"Location": {"schema": {"type": "string"}, "description": "Where to poll."}}
+    return _operation(
+        "submitJob",
+        "Submit a job",
+        {
+            "202": _json("Accepted: the broker has it on disk.", {**RUNNING, "attached": False}, "Submitted", location),
+            "200": _json(
+                "Final: it was attached to and had ended, or it ended within the wait.",
+                {**DONE, "attached": True},
+                "Submitted",
+                location,
+            ),
+            **_problems(400, 404, 408, 413, 415, 409, 422, 429, 503),
         },
-    }
+        description="Sending the same key and body again attaches to the job that is there and, once it is final, "
+        "returns its outcome, byte for byte. So a submission without an answer can simply be sent again.",
+        parameters=[
+            _header(
+                "Idempotency-Key",
+                "Your name for the job, 1 to 200 printable ASCII characters, kept exactly as sent.",
+                "fibonacci-1",
+            ),
+            _prefer(),
+            _header("traceparent", "W3C trace context; travels with the job to the worker.", None),
+        ],
+        requestBody={"required": True, "content": {"application/json": {"schema": _ref("SubmitBody")}}},
+    )
 
 
-def _schemas() -> dict[str, Any]:
-    schemas: dict[str, Any] = {}
-    for model in (Sampling, JobStatus, Event):
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
-        schemas |= schema.pop("$defs", {})
-        schemas[model.__name__] = schema
-    schemas["Problem"] = {
-        "type": "object",
-        "required": ["type", "title", "status", "detail"],
-        "properties": {
-            "type": {"type": "string"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "detail": {"type": "string"},
-            "field": {"type": "string"},
-            "job_id": {"type": "string"},
-            "maybe_accepted": {"type": "boolean"},
+def _recent() -> dict[str, Any]:
+    return _operation(
+        "recentJobs",
+        "The newest jobs",
+        {"200": _json("Newest first; approximate, for people.", {"jobs": [DONE]}, "RecentJobs"), **_problems(400, 503)},
+        parameters=[_query("limit", f"How many, 1 to {MAX_RECENT}.", 20)],
+    )
+
+
+def _status() -> dict[str, Any]:
+    return _operation(
+        "getJob",
+        "Status and result",
+        {
+            "200": _json("What is known now; `result` is there once the state is final.", DONE, "JobStatus"),
+            **_problems(404, 503),
         },
-    }
-    return schemas
+        parameters=[_job_id(), _prefer()],
+    )
+
+
+def _cancel() -> dict[str, Any]:
+    return _operation(
+        "cancelJob",
+        "Cancel",
+        {
+            "200": _json(
+                "`cancelled`: final now. `requested`: a worker has it and stops within about a second. "
+                "`already_final`: it had ended; its outcome stays. Asking twice is no error.",
+                {"id": JOB_ID, "outcome": "cancelled"},
+                "Cancelled",
+            ),
+            **_problems(404, 503),
+        },
+        parameters=[_job_id()],
+    )
+
+
+def _events() -> dict[str, Any]:
+    return _operation(
+        "followJob",
+        "Follow a job as server-sent events",
+        {
+            "200": {
+                "description": "`tokens`: append `text`. `restarted`: drop the text so far. `end`: the job is final. "
+                "Comments in between keep proxies from cutting a silent stream.",
+                "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
+            },
+            "204": {"description": "Nothing comes after that event; an EventSource stops asking."},
+            **_problems(400, 404, 503),
+        },
+        description="The SSE id is the event's sequence number, from 1, without gap or repeat, also when the job "
+        "moved to another worker in between. Come back with `Last-Event-ID` to get the rest. `data` is an `Event`.",
+        parameters=[
+            _job_id(),
+            _header("Last-Event-ID", "The last id you saw; wins over `after`.", "2"),
+            _query("after", "The same, for callers that cannot set headers.", 0),
+        ],
+    )
+
+
+# Pieces --------------------------------------------------------------------------------------------
+
+
+def _operation(name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"operationId": name, "summary": summary, **more, "responses": responses}
 
 
 def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _answer(text: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
+def _json(
+    description: str, example: Any = None, schema: str | None = None, headers: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    content = {"schema": _ref(schema) if schema else {"type": "object"}}
+    if example is not None:
+        content["example"] = example
+    answer: dict[str, Any] = {"description": description, "content": {"application/json": content}}
+    return {**answer, "headers": headers} if headers else answer
 
 
-def _problems(*codes: int) -> dict[str, Any]:
-    content = {"application/problem+json": {"schema": _ref("Problem")}}
-    return {str(code): {"description": "A problem document (RFC 9457).", "content": content} for code in codes}
+def _text(media_type: str, description: str) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}
+
+
+def _problems(*statuses: int) -> dict[str, Any]:
+    answers = {}
+    for status in statuses:
+        kinds = [name for name, kind in KINDS.items() if kind.status == status]
+        content: dict[str, Any] = {"schema": _ref("Problem")}
+        if status == 422:
+            content["example"] = PROBLEM
+        answers[str(status)] = {
+            "description": ", ".join(f"`{name}`" for name in kinds),
+            "content": {"application/problem+json": content},
+        }
+    return answers
+
+
+def _parameter(where: str, name: str, description: str, schema: dict[str, Any], example: Any) -> dict[str, Any]:
+    parameter = {"name": name, "in": where, "description": description, "schema": schema}
+    return parameter if example is None else {**parameter, "example": example}
+
+
+def _header(name: str, description: str, example: str | None) -> dict[str, Any]:
+    return _parameter("header", name, description, {"type": "string"}, example)
+
+
+def _prefer() -> dict[str, Any]:
+    text = "`wait=N`: hold the answer until the job is final, at most N seconds (and the gateway's own limit)."
+    return _header("Prefer", text, "wait=10")
+
+
+def _query(name: str, description: str, example: int) -> dict[str, Any]:
+    return _parameter("query", name, description, {"type": "integer"}, example)
 
 
 def _job_id() -> dict[str, Any]:
-    return {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}}
+    path = _parameter("path", "job_id", "The request id.", {"type": "string", "format": "uuid"}, JOB_ID)
+    return {**path, "required": True}
 
 
-def _query(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "schema": {"type": "integer"}, "description": text}
+def _schemas() -> dict[str, Any]:
+    schemas: dict[str, Any] = {}
+    for model in (SubmitBody, JobStatus, Event):
+        schemas |= _schema(model)
+    status = schemas["JobStatus"]
+    status["required"] = [name for name in status["required"] if name not in _OMITTED_WHEN_UNSET]
+    schemas["Submitted"] = {
+        "title": "Submitted",
+        "description": "A JobStatus, and whether the job was there before.",
+        "type": "object",
+        "properties": {**status["properties"], "attached": {"type": "boolean"}},
+        "required": [*status["required"], "attached"],
+    }
+    schemas["RecentJobs"] = {
+        "title": "RecentJobs",
+        "type": "object",
+        "properties": {"jobs": {"type": "array", "items": _ref("JobStatus")}},
+        "required": ["jobs"],
+    }
+    outcomes = [verdict.value for verdict in CancelVerdict if verdict is not CancelVerdict.MISSING]
+    schemas["Cancelled"] = {
+        "title": "Cancelled",
+        "type": "object",
+        "properties": {"id": {"type": "string"}, "outcome": {"enum": outcomes}},
+        "required": ["id", "outcome"],
+    }
+    schemas["Problem"] = _problem_schema()
+    return schemas
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>codeyard</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
- body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }}
- h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2rem }} code, pre {{ font: 14px/1.45 ui-monospace, monospace }}
- pre {{ background: #f3f5f8; padding: 1rem; border-radius: 6px; overflow-x: auto }}
- table {{ border-collapse: collapse; width: 100% }} td, th {{ text-align: left; vertical-align: top;
- padding: .4rem .6rem; border-bottom: 1px solid #dde3ea }} a {{ color: #0b5fb0 }}
-</style></head><body>
-<h1>codeyard</h1><p>Durable code-generation jobs: submit, then poll or stream by id.
-<a href="/openapi.json">OpenAPI document</a> · <a href="/readyz">ready?</a> · <a href="/metrics">metrics</a></p>
-<h2>Submit</h2>
-<pre>curl -i localhost:8080/v1/jobs -H 'Idempotency-Key: fib-1' -H 'Content-Type: application/json' -d '{example}'</pre>
-<table><tr><th>field</th><th></th></tr>{rows}</table>
-<h2>Routes</h2>
-<table><tr><th></th><th>path</th><th></th><th>answers</th></tr>{routes}</table>
-</body></html>
-"""
+_OMITTED_WHEN_UNSET = {"started_at", "finished_at", "result"}
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The model's schema and those it refers to, each under its own name."""
+    mode: Any = "validation" if model is SubmitBody else "serialization"
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}", mode=mode)
+    return {**schema.pop("$defs", {}), model.__name__: schema}
+
+
+def _problem_schema() -> dict[str, Any]:
+    text, error = {"type": "string"}, {"type": "object", "required": ["field", "detail"]}
+    return {
+        "title": "Problem",
+        "description": "RFC 9457. Its `type` is a link into this page.",
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"enum": [f"/docs#{kind}" for kind in KINDS]},
+            "title": text,
+            "status": {"type": "integer"},
+            "detail": {**text, "description": "What is wrong with this request."},
+            "field": {**text, "description": "The body field, header or parameter to mend."},
+            "errors": {
+                "type": "array",
+                "description": "All fields that are wrong.",
+                "items": {**error, "properties": {"field": text, "detail": text}},
+            },
+            "job_id": {**text, "description": "The job it is about."},
+            "maybe_accepted": {"type": "boolean", "description": "The job may be queued all the same: send it again."},
+            "incident": {**text, "description": "The log has the cause under this number."},
+        },
+    }

@@ -1,19 +1,17 @@
-"""Every error as a problem document (RFC 9457), never a traceback.
+"""Every refusal as a problem document (RFC 9457), never a traceback.
 
-`problem_of` maps our errors to status codes once for all routes; the handlers installed here cover what
-the framework itself refuses. Called by: app.
+`KINDS` is the whole list: the last part of each document's `type`, its status, and what the caller does
+about it. The page at /docs and docs/http-api.md show the same list. Called by: app, edge, requests.
 """
 
 import json
-import logging
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from fastapi import Response
 
-from codeyard.shared.envelope import new_nonce
 from codeyard.shared.errors import (
     BrokerUnavailable,
     FleetError,
@@ -28,108 +26,108 @@ from codeyard.shared.errors import (
     UnknownModel,
 )
 
-log = logging.getLogger(__name__)
+UNAVAILABLE_RETRY_S = 2  # of 503: about how long a server takes to come back, or a proxy to look elsewhere
 
-RETRY_AFTER_S = 5  # of 503
-STATUS: dict[type[FleetError], int] = {
-    JobTooLarge: 413,
-    InvalidJob: 422,
-    IdempotencyConflict: 409,
-    QueueFull: 429,
-    UnknownModel: 404,
-    JobNotFound: 404,
-    Unauthorized: 401,
-    Forbidden: 403,
-    BrokerUnavailable: 503,
-    StoreUnavailable: 503,
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    status: int
+    title: str
+    remedy: str  # what the caller does next
+
+
+KINDS = {
+    "malformed-json": Kind(400, "Malformed JSON", "Send one JSON object in UTF-8."),
+    "invalid-header": Kind(400, "Invalid header", "`field` names the header; `detail` says what it may hold."),
+    "invalid-parameter": Kind(400, "Invalid parameter", "`field` names the query parameter."),
+    "unauthorized": Kind(401, "Unauthorized", "Send valid credentials."),
+    "forbidden": Kind(403, "Forbidden", "These credentials do not allow it."),
+    "not-found": Kind(404, "No such route", "See /docs for the routes there are."),
+    "job-not-found": Kind(404, "No such job", "It was never accepted here, or its record has expired."),
+    "unknown-model": Kind(404, "Unknown model", "Check the name, or start a worker that serves it."),
+    "method-not-allowed": Kind(405, "Method not allowed", "`Allow` names the methods of this route."),
+    "body-timeout": Kind(408, "Body too slow", "Send the whole body in one go."),
+    "idempotency-conflict": Kind(
+        409, "Idempotency key in use", "The key names a job with another body: send that body, or choose a new key."
+    ),
+    "too-large": Kind(413, "Too large", "Shorten the prompt."),
+    "unsupported-media-type": Kind(415, "Unsupported media type", "Send `Content-Type: application/json`, not packed."),
+    "invalid-job": Kind(422, "Invalid job", "`field` names what to mend; `errors` lists all that is wrong."),
+    "queue-full": Kind(429, "Queue full", "Try again after `Retry-After` seconds, with the same key."),
+    "internal-error": Kind(500, "Internal error", "Report `incident`: the gateway's log has it."),
+    "broker-unavailable": Kind(
+        503, "Broker unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
+    ),
+    "store-unavailable": Kind(
+        503, "Store unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
+    ),
+    "not-ready": Kind(503, "Not ready", "Wait: broker or store does not answer, or the gateway is stopping."),
 }
-TITLES = {
-    400: "Bad request",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Conflict",
-    413: "Too large",
-    415: "Unsupported media type",
-    422: "Invalid field",
-    429: "Too many requests",
-    500: "Internal error",
-    503: "Unavailable",
+
+KIND_OF: dict[type[FleetError], str] = {  # most special first
+    JobTooLarge: "too-large",
+    InvalidJob: "invalid-job",
+    IdempotencyConflict: "idempotency-conflict",
+    QueueFull: "queue-full",
+    UnknownModel: "unknown-model",
+    JobNotFound: "job-not-found",
+    Unauthorized: "unauthorized",
+    Forbidden: "forbidden",
+    BrokerUnavailable: "broker-unavailable",
+    StoreUnavailable: "store-unavailable",
 }
 
 
-class BadRequest(FleetError):
-    """A header or parameter of the HTTP request itself is wrong."""
+class Refused(Exception):
+    """The HTTP request itself is wrong. `kind` is one of KINDS; members go into the document."""
 
-    def __init__(self, detail: str, *, status: int = 400, field: str | None = None) -> None:
+    def __init__(
+        self, kind: str, detail: str, *, headers: Mapping[str, str] | None = None, field: str | None = None, **more: Any
+    ) -> None:
         super().__init__(detail)
-        self.status = status
-        self.field = field
+        self.kind = kind
+        self.headers = headers
+        self.members = {"field": field, **more}
 
 
-def problem(status: int, kind: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
-    """An application/problem+json response. `extra` members that are None are left out."""
+def problem(kind: str, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any) -> Response:
+    """The response. Members that are None are left out; every 503 says when to try again."""
+    about = KINDS[kind]
+    retry = {"Retry-After": str(UNAVAILABLE_RETRY_S)} if about.status == 503 else {}
     document = {
-        "type": f"urn:codeyard:problem:{kind}",
-        "title": TITLES.get(status, "Error"),
-        "status": status,
+        "type": f"/docs#{kind}",
+        "title": about.title,
+        "status": about.status,
         "detail": detail,
-        **{name: value for name, value in extra.items() if value is not None},
+        **{name: value for name, value in members.items() if value is not None},
     }
     return Response(
-        json.dumps(document), status_code=status, media_type="application/problem+json", headers=dict(headers or {})
+        json.dumps(document),
+        status_code=about.status,
+        media_type="application/problem+json",
+        headers={**retry, **(headers or {})},
     )
 
 
-def problem_of(error: FleetError) -> Response:
-    """The answer for one of our errors."""
-    if isinstance(error, BadRequest):
-        return problem(error.status, "bad-request", str(error), field=error.field)
-    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
+def kind_of(error: Exception) -> str:
+    """The problem an exception is answered with; "internal-error" where it should never have come this far."""
+    if isinstance(error, Refused):
+        return error.kind
+    return next((kind for of, kind in KIND_OF.items() if isinstance(error, of)), "internal-error")
+
+
+def problem_of(error: Refused | FleetError) -> Response:
+    """The answer to one of our own errors; its `kind_of` must not be "internal-error"."""
+    if isinstance(error, Refused):
+        return problem(error.kind, str(error), headers=error.headers, **error.members)
     headers = {}
     if isinstance(error, QueueFull):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-    elif status == 503:
-        headers["Retry-After"] = str(RETRY_AFTER_S)
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return problem(
-        status,
-        problem_kind(error),
+        kind_of(error),
         error.reason if isinstance(error, InvalidJob) else str(error),
         headers=headers,
         field=getattr(error, "field", None),
         job_id=getattr(error, "job_id", None),
         maybe_accepted=getattr(error, "maybe_accepted", None) or None,
     )
-
-
-def problem_kind(error: FleetError) -> str:
-    """`QueueFull` -> `queue-full`: the last part of the problem's type, and the metric's label."""
-    name = type(error).__name__
-    return "".join(f"-{char.lower()}" if char.isupper() else char for char in name).lstrip("-")
-
-
-def install(app: FastAPI) -> None:
-    """Make every refusal of the framework a problem document too."""
-
-    async def ours(_: Request, error: Exception) -> Response:
-        assert isinstance(error, FleetError)
-        return problem_of(error)
-
-    async def framework(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        kind = TITLES.get(error.status_code, "error").lower().replace(" ", "-")
-        return problem(error.status_code, kind, str(error.detail), headers=error.headers)
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        return problem(422, "invalid-field", first["msg"], field=".".join(str(part) for part in first["loc"]))
-
-    async def unexpected(_: Request, error: Exception) -> Response:
-        incident = new_nonce()[:12]
-        log.error("request_failed", extra={"incident": incident}, exc_info=error)
-        return problem(500, "internal-error", f"something went wrong here; the log has it as {incident}")
-
-    app.add_exception_handler(FleetError, ours)
-    app.add_exception_handler(HTTPException, framework)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(Exception, unexpected)

@@ -1,100 +1,161 @@
 """The gateway process: connect, serve HTTP, reconcile, drain.
 
-SIGTERM or SIGINT: take no more connections, end event streams so that readers resume elsewhere, let
-requests finish. Called by: the `codeyard gateway` and `codeyard up` commands.
+Told to stop, it takes no more connections, ends event streams and waits so that their callers go on
+elsewhere, and lets requests finish. Called by: the `codeyard gateway` and `codeyard up` commands.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
+import math
 import socket
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import uvicorn
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from codeyard.producer.async_client import AsyncClient
 from codeyard.producer.gateway.app import create_app
-from codeyard.shared.connect import open_broker
+from codeyard.producer.gateway.waiting import unless
+from codeyard.shared.broker.port import Broker
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 from codeyard.shared.reconciler import Reconciled, run_reconciler
-from codeyard.shared.settings import Settings
+from codeyard.shared.settings import GatewaySettings, Settings
 from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 15  # for requests under way when the process is told to stop
+BACKLOG = 2_048  # connections not yet taken
+KEEP_ALIVE_S = 75  # longer than proxies keep idle connections (nginx: 60 s), so that they close first
+DRAIN_MARGIN_S = 2  # on top of the longest submission, for requests under way when told to stop
 
 
 async def run_gateway(
     settings: Settings, stop: asyncio.Event, *, on_ready: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Serve until `stop` is set. `on_ready` gets the URL. Raises SettingsError if the port is taken."""
-    listener = _listen(settings.gateway.host, settings.gateway.port)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
-    if host not in ("127.0.0.1", "::1"):
-        log.warning("gateway_without_auth", extra={"host": host, "hint": "put it behind a proxy that checks callers"})
+    """Serve until `stop` is set. `on_ready` gets the URL once requests are answered.
+
+    Waits for a broker or store that is not up yet. Raises SettingsError if the port cannot be had.
+    """
+    client = AsyncClient(settings=settings, timeout_s=settings.gateway.submit_timeout_s)
+    if await unless(_open(client), stop.wait()) is None:
+        await client.close()
+        return
+    try:
+        await _serve(client, settings.gateway, stop, on_ready)
+    finally:
+        await client.close()
+
+
+async def _serve(
+    client: AsyncClient, settings: GatewaySettings, stop: asyncio.Event, on_ready: Callable[[str], None]
+) -> None:
+    broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
     metrics = Metrics()
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(listener.close)
-        client = AsyncClient(settings=settings, timeout_s=settings.gateway.submit_timeout_s)
-        await _open(client)
-        stack.push_async_callback(client.close)
-        broker = await open_broker(settings.broker, client.topology)
-        stack.push_async_callback(broker.close)
-        app = create_app(client, settings.gateway, metrics, stop)
-        config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_S, lifespan="off"
-        )
-        server = _Server(config)
+    metrics.watch_process()
+    app = create_app(
+        client,
+        settings,
+        probes={"broker": broker.ping, "store": client.store.ping},
+        metrics=metrics,
+        stopping=stop,
+    )
+    with _listen(settings.host, settings.port) as listener:
+        url = _url(listener)
+        _warn_if_open(settings.host)
 
-        def count(done: Reconciled) -> None:
-            metrics.reconciled.labels(outcome="expired").inc(done.expired)
-            metrics.reconciled.labels(outcome="republished").inc(done.republished)
-
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(server.serve(sockets=[listener]), name="http")
-            tasks.create_task(
-                run_reconciler(broker, client.store, client.topology, stop, on_done=count), name="reconciler"
-            )
+        def ready() -> None:
             log.info("gateway_ready", extra={"url": url})
             on_ready(url)
-            await stop.wait()
-            server.should_exit = True
-            await serving
+
+        server = _Server(app, settings, ready)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(
+                run_reconciler(broker, client.store, client.topology, stop, on_done=_counted(metrics)),
+                name="reconciler",
+            )
+            tasks.create_task(server.stop_when(stop), name="stop")
+            await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})
 
 
 class _Server(uvicorn.Server):
-    """Signals are the command's to handle: it stops gateway and worker together."""
+    """uvicorn, told by an event when to stop: signals are the command's to handle."""
+
+    def __init__(self, app: object, settings: GatewaySettings, ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # type: ignore[arg-type]  # FastAPI is an ASGI application; uvicorn's own type is narrower
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=math.ceil(settings.submit_timeout_s) + DRAIN_MARGIN_S,
+            )
+        )
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def stop_when(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def _open(client: AsyncClient) -> None:
+async def _open(client: AsyncClient) -> AsyncClient:
     """Wait for servers that are not up yet, as in a fleet that starts all at once."""
     retrying = AsyncRetrying(
         retry=retry_if_exception_type((BrokerUnavailable, StoreUnavailable)),
         wait=wait_random_exponential(multiplier=0.2, max=5.0),
-        before_sleep=lambda state: log.warning(
-            "server_away", extra={"error": str(state.outcome.exception() if state.outcome else "")}
-        ),
+        before_sleep=_say_away,
         reraise=True,
     )
-    async for attempt in retrying:
-        with attempt:
-            await client.open()
+    return await retrying(client.open)
+
+
+def _say_away(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    log.warning("server_away", extra={"error": str(error), "attempt": state.attempt_number})
+
+
+def _counted(metrics: Metrics) -> Callable[[Reconciled], None]:
+    def count(done: Reconciled) -> None:
+        metrics.reconciled.labels(outcome="expired").inc(done.expired)
+        metrics.reconciled.labels(outcome="republished").inc(done.republished)
+        metrics.reconciled.labels(outcome="left").inc(done.looked_at - done.expired - done.republished)
+
+    return count
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server(
-            (host, port), backlog=2_048, family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port (0: any free one)"
         ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _warn_if_open(host: str) -> None:
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        log.warning("gateway_without_auth", extra={"host": host, "hint": "put it behind a proxy that checks callers"})

@@ -1,0 +1,50 @@
+"""What the gateway needs of a client: the seam between HTTP and the way of a job.
+
+`AsyncClient` is one. Errors are those of codeyard.shared.errors, as its methods document them.
+"""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Protocol
+
+from codeyard.shared.job import JobId, Lane, Sampling
+from codeyard.shared.record import Event, JobStatus
+from codeyard.shared.store.port import CancelVerdict
+
+
+class AcceptedJob(Protocol):
+    @property
+    def id(self) -> JobId: ...
+
+    @property
+    def attached(self) -> bool:
+        """It was there before, under the same key and body."""
+
+    @property
+    def accepted_status(self) -> JobStatus:
+        """As it was when it was accepted; of an attached job, as it is."""
+
+
+class Jobs(Protocol):
+    async def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str,
+        lane: Lane | str,
+        idempotency_key: str | None,
+        sampling: Sampling | Mapping[str, Any] | None,
+        stream: bool,
+        timeout_s: float,
+        metadata: Mapping[str, Any] | None,
+        traceparent: str | None,
+    ) -> AcceptedJob: ...
+
+    async def status(self, job_id: JobId) -> JobStatus: ...
+
+    async def wait(self, job_id: JobId, timeout: float) -> JobStatus: ...
+
+    def stream(self, job_id: JobId, after: int = 0) -> AsyncGenerator[Event, None]: ...
+
+    async def cancel(self, job_id: JobId) -> CancelVerdict: ...
+
+    async def recent(self, limit: int = 20) -> list[JobStatus]: ...

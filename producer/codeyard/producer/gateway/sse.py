@@ -1,0 +1,77 @@
+"""A job's events as a server-sent event stream (text/event-stream), which ends four ways.
+
+    the job's `end` event     the last frame; an EventSource that comes back gets 204 and stops
+    the caller hangs up       everything is let go
+    the gateway stops         the response ends; the caller resumes at another with `Last-Event-ID`
+    the store stays away      the same
+
+Each frame's `id` is the event's sequence number. Events are read from the store as the caller takes
+them: a slow reader makes this coroutine wait, and nobody else.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Response
+from prometheus_client import Gauge
+from starlette.types import Receive, Scope, Send
+
+from codeyard.producer.gateway.waiting import hung_up, unless
+from codeyard.shared.errors import FleetError
+from codeyard.shared.record import Event
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 15.0  # between comments: proxies cut connections that are silent for a minute
+RECONNECT_MS = 1_000  # what an EventSource waits before it resumes
+TAKE_S = 60.0  # a reader that takes nothing for this long is let go; it can resume
+
+
+class EventStream(Response):
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[Event, None], *, stopping: asyncio.Event, streams_open: Gauge, heartbeat_s: float
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._stopping = stopping
+        self._streams_open = streams_open
+        self._heartbeat_s = heartbeat_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._streams_open.track_inprogress():
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await _write(send, f"retry: {RECONNECT_MS}\n\n")
+            try:
+                await unless(self._tell(send), self._beat(send), hung_up(receive), self._stopping.wait())
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except TimeoutError:
+                log.warning("stream_reader_stuck", extra={"waited_s": TAKE_S})
+
+    async def _tell(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            try:
+                async for event in events:
+                    await _write(send, frame(event))
+            except FleetError as error:  # the headers are out: ending is all that can be said
+                log.warning("stream_broke_off", extra={"error": str(error)})
+
+    async def _beat(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            await _write(send, ": still here\n\n")
+
+
+def frame(event: Event) -> str:
+    """One event on the wire. JSON has no raw line break, so `data` is one line."""
+    data = event.model_dump_json(exclude={"v"}, exclude_defaults=True, exclude_none=True)
+    return f"id: {event.seq}\nevent: {event.kind}\ndata: {data}\n\n"
+
+
+async def _write(send: Send, text: str) -> None:
+    async with asyncio.timeout(TAKE_S):
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
