@@ -1,8 +1,10 @@
 """A Broker adapter under test: a namespace of its own, everything opened on it, and what to tidy up."""
 
 import asyncio
+import contextlib
+import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -115,3 +117,21 @@ async def comes_to(question: Callable[[], Awaitable[T]], answer: T) -> T:
     except TimeoutError:
         pass
     return last
+
+
+@contextlib.contextmanager
+def logged(event: str, logger: str) -> Iterator[asyncio.Event]:
+    """Set once `event` is logged: a signal of what the code under test has noticed."""
+    seen = asyncio.Event()
+
+    class Watcher(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == event:
+                seen.set()
+
+    watcher = Watcher()
+    logging.getLogger(logger).addHandler(watcher)
+    try:
+        yield seen
+    finally:
+        logging.getLogger(logger).removeHandler(watcher)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
 
-from codeyard.shared.broker.port import Message
+from codeyard.shared.broker.port import HeaderValue, Message
 from codeyard.shared.job import MESSAGE_TYPE
 from codeyard.shared.topology import DELAY_STEPS_S, Topology, delay_step
 
@@ -107,10 +107,16 @@ def to_dead_queue(topology: Topology, message: Message) -> Outgoing:
 def _outgoing(
     exchange: str, routing_key: str, message: Message, more: Mapping[str, str] = MappingProxyType({})
 ) -> Outgoing:
-    # Neither client can write a float: pika not at all, aio-pika in single precision, where the present
-    # time is off by a minute. The one we send is a deadline in seconds; a little later does no harm.
-    whole = {name: math.ceil(value) if isinstance(value, float) else value for name, value in message.headers.items()}
-    return Outgoing(exchange, routing_key, message, {**whole, **more})
+    headers = {name: _writable(value) for name, value in message.headers.items()}
+    return Outgoing(exchange, routing_key, message, {**headers, **more})
+
+
+def _writable(value: HeaderValue) -> str | int:
+    """Neither client can write a double: pika no float at all, aio-pika only single precision, where the present
+    time is off by a minute. The one we send is a deadline in seconds; a little later does no harm."""
+    if not isinstance(value, float):
+        return value
+    return math.ceil(value) if math.isfinite(value) else str(value)
 
 
 def now() -> datetime:
