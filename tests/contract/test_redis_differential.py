@@ -39,8 +39,8 @@ from codeyard.shared.topology import Topology, store_shard
 
 pytestmark = pytest.mark.services
 
-SEEDS = range(10)
-NUM_STEPS = 100
+SEEDS = range(24)
+NUM_STEPS = 50
 TICK_S = 40.0  # time passes in these; the durations below end between two of them
 TIMES = ("lease_until", "created_at", "queued_at", "started_at", "finished_at", "deadline_at", "check_at", "expires_at")
 SLACK_S = 2.0  # what the server's clock may add during one step
@@ -93,7 +93,7 @@ class Calls:
     def draw(self, now: float) -> tuple[str, list[Any]]:
         self.now = now
         names = ("reserve", "mark_queued", "claim", "renew", "append", "commit", "release", "cancel", "recover")
-        name = self.choose.choices(names, weights=(3, 2, 6, 2, 3, 3, 3, 1, 3))[0]
+        name = self.choose.choices(names, weights=(4, 4, 6, 2, 3, 1, 4, 0.5, 6))[0]
         return name, [getattr(self, f"_{name}")(self._job()) for _ in range(self.choose.randint(1, 4))]
 
     def _job(self) -> Job:
@@ -196,7 +196,7 @@ async def compare(store: RedisStore, seed: int) -> set[str]:
     """One random life of a few jobs on both. Returns the verdicts met."""
     choose = random.Random(seed)
     model = Model(store.timing)
-    jobs = [make_job(f"{seed}-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate((1_020.0, 420.0, 20.5))]
+    jobs = [make_job(f"{seed}-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate((80_020.0, 80_020.0, 1_020.0, 20.5))]
     calls = Calls(choose, model, jobs)
     seen = set()
     for number in range(NUM_STEPS):
