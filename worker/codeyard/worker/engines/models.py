@@ -1,47 +1,60 @@
 """Which weights a model argument means, and their revision: a name that changes when the weights do."""
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from codeyard.shared.errors import EngineUnavailable, SettingsError
 
-EDGE_BYTES = 1_048_576  # of each weight file that go into the fingerprint: its first and last MiB
+EDGE_BYTES = 1_048_576  # of each weight file, at both ends, go into the fingerprint
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+DESCRIPTIONS = (".json", ".model", ".txt")  # config, tokenizer, index of the weights
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where weights come from. `location` is a directory, or a Hugging Face id that the engine resolves."""
+    """Where weights come from. `location` is a directory; or a Hugging Face id that is not on this machine."""
 
     alias: str
     location: str
     revision: str
 
-    @property
-    def is_directory(self) -> bool:
-        return Path(self.location).is_dir()
+    def require_weights(self) -> None:
+        """Raises EngineUnavailable if they are not here. An engine must not fetch them by itself: which
+        revision it serves, and so from which queue, would only be known afterwards."""
+        if not Path(self.location).is_dir():
+            raise EngineUnavailable(
+                f"model {self.location} is not on this machine: give a directory, or fetch it first "
+                f"with `hf download {self.location}`"
+            )
 
 
 def parse_model(argument: str) -> ModelSource:
-    """`ALIAS`, or `ALIAS=DIRECTORY_OR_HUGGING_FACE_ID`. The alias `starter` alone is the packaged model.
+    """`ALIAS`, or `ALIAS=DIRECTORY_OR_HUGGING_FACE_ID`. The alias `starter` alone is the packaged model;
+    a Hugging Face id in the local cache is the snapshot its `main` points to.
 
     Raises SettingsError for a malformed argument, EngineUnavailable for a directory without a model.
     """
-    alias, _, location = argument.partition("=")
-    if not ALIAS.fullmatch(alias):
+    alias, given, location = argument.partition("=")
+    if not ALIAS.fullmatch(alias) or (given and not location):
         raise SettingsError(
-            f"--model {argument!r}: an alias is letters, digits, '.', '_' and '-', e.g. coder=/models/x"
+            f"model {argument!r}: expected ALIAS=DIRECTORY_OR_ID, e.g. coder=/models/coder; "
+            "an alias is up to 100 letters, digits, '.', '_' and '-'"
         )
-    if not location:
+    if not given:
         location = str(starter_directory()) if alias == "starter" else alias
     directory = Path(location).expanduser()
     if directory.is_dir():
         return ModelSource(alias, str(directory.resolve()), f"{alias}-{fingerprint(directory)}")
     if location.startswith((".", "/", "~")):
-        raise EngineUnavailable(f"--model {argument!r}: there is no directory {directory}")
+        raise EngineUnavailable(f"model {argument!r}: there is no directory {directory}")
+    if (snapshot := _cached_snapshot(location)) is not None:
+        return ModelSource(alias, str(snapshot), f"{alias}-{snapshot.name[:8]}")
     return ModelSource(alias, location, f"{alias}-{hashlib.sha256(location.encode()).hexdigest()[:8]}")
 
 
@@ -53,21 +66,44 @@ def starter_directory() -> Path:
 def fingerprint(directory: Path) -> str:
     """8 hex digits over config, tokenizer, and each weight file's name, size and edges: cheap for any size.
 
-    Raises EngineUnavailable if there is no config.json.
+    Raises EngineUnavailable if it is no model directory, or cannot be read.
     """
     if not (directory / "config.json").is_file():
         raise EngineUnavailable(f"{directory} has no config.json: it is not a Hugging Face model directory")
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".model", ".txt"):
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin", ".gguf", ".pt"):
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + _edges(path))
+    try:
+        for part in _parts(directory):
+            digest.update(len(part).to_bytes(8, "big") + part)
+    except OSError as error:
+        raise EngineUnavailable(f"cannot read the model in {directory}: {error}") from None
     return digest.hexdigest()[:8]
 
 
-def _edges(path: Path) -> bytes:
-    with path.open("rb") as file:
-        head = file.read(EDGE_BYTES)
-        file.seek(max(0, path.stat().st_size - EDGE_BYTES))
-        return head + file.read(EDGE_BYTES)
+def _parts(directory: Path) -> Iterator[bytes]:
+    num_weights = 0
+    for path in sorted(directory.iterdir()):
+        if path.suffix in DESCRIPTIONS:
+            yield path.name.encode()
+            yield path.read_bytes()
+        elif path.suffix in WEIGHTS:
+            num_weights += 1
+            size = path.stat().st_size
+            yield f"{path.name} {size}".encode()
+            with path.open("rb") as file:
+                yield file.read(EDGE_BYTES)
+                file.seek(max(0, size - EDGE_BYTES))
+                yield file.read(EDGE_BYTES)
+    if not num_weights:
+        raise EngineUnavailable(f"{directory} has no weights ({', '.join(WEIGHTS)})")
+
+
+def _cached_snapshot(model_id: str) -> Path | None:
+    """Where huggingface_hub keeps the commit that `main` pointed to when the model was last fetched."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    repo = hub / ("models--" + model_id.replace("/", "--"))
+    try:
+        snapshot = repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    return snapshot if (snapshot / "config.json").is_file() else None

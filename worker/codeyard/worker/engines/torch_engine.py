@@ -1,17 +1,16 @@
 """The torch engine: transformers on any device, in closed batches, in a child process.
 
 The child (`torch_host`) owns the model. So the worker's event loop stays free, a batch that hangs can be
-killed by force, memory really returns, and a crash of the child is an EngineDead and not the worker's
-end. Parent and child speak length-prefixed JSON over pipes; the child ends when its stdin does.
+killed, memory really returns, and a crash of the child is an EngineDead and not the worker's end.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
-import logging
 import sys
-from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
@@ -20,60 +19,69 @@ from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
 
-log = logging.getLogger(__name__)
-
 LOAD_S = 600.0  # a large model from a slow disk
-CLOSE_S = 3.0  # for a child that was asked to end
-STDERR_LINES = 20  # of the child's, shown when it dies
-MAX_FRAME = 64 * 1024 * 1024
+LAST_WORDS = 2_000  # bytes of the child's stderr, shown when it dies
+READ_BYTES = 65_536
+
+Frame = dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    job: EngineJob
+    serial: int  # names this run: the child may still be busy with an earlier one of the same job
+    news: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
 
 
 class TorchEngine:
-    """Made by `start`. One reader task spreads the child's frames over the jobs' queues."""
+    """Made by `start`. One task reads the child's frames and spreads them over the jobs' queues."""
 
-    def __init__(self, process: asyncio.subprocess.Process, info: EngineInfo) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, stderr: "_LastWords", info: EngineInfo) -> None:
         self.info = info
         self._process = process
-        self._jobs: dict[JobId, asyncio.Queue[dict[str, Any]]] = {}
+        self._stderr = stderr
+        self._runs: dict[int, _Run] = {}
+        self._serials = itertools.count()
+        self._unsent: list[Frame] = []  # jobs of this turn of the event loop: they make one batch
+        self._running = 0
         self._steps = 0
-        self._dead: str | None = None
-        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
-        self._reader = asyncio.create_task(self._read(), name="torch engine frames")
-        self._stderr_reader = asyncio.create_task(self._read_stderr(), name="torch engine stderr")
+        self._dead: EngineDead | None = None
+        self._reader = asyncio.create_task(self._read(), name="torch engine")
 
     @classmethod
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "TorchEngine":
         """Load the model in a child process. Raises EngineUnavailable with what the child said."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "codeyard.worker.engines.torch_host",
+            *(sys.executable, "-P", "-m", "codeyard.worker.engines.torch_host"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a signal to the worker's group must not end it before the drain
         )
-        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        asked = {
-            "model": source.location,
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "max_running": settings.max_running,
-            "max_model_len": settings.max_model_len,
-        }
+        stderr = _LastWords(process.stderr)
         try:
+            _send(
+                process,
+                {
+                    "model": source.location,
+                    "device": settings.device,
+                    "dtype": settings.dtype,
+                    "max_model_len": settings.max_model_len,
+                    "max_running": settings.max_running,
+                },
+            )
             async with asyncio.timeout(LOAD_S):
-                await _send(process.stdin, asked)
                 ready = await _receive(process.stdout)
-                if ready is None or "error" in ready:
-                    said = ready["error"] if ready else (await process.stderr.read()).decode(errors="replace")[-2_000:]
-                    raise EngineUnavailable(f"torch cannot load {source.location}: {said.strip()}")
+            if ready is None or "error" in ready:
+                said = ready["error"] if ready else await stderr.all()
+                raise EngineUnavailable(f"torch cannot load {source.location}: {said}")
+        except TimeoutError:
+            await _end(process, stderr)
+            raise EngineUnavailable(f"torch did not load {source.location} within {LOAD_S:g} s") from None
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            _close_pipes(process)
+            await _end(process, stderr)
             raise
         info = EngineInfo(
             name="torch",
@@ -84,123 +92,140 @@ class TorchEngine:
             max_running=settings.max_running,
             continuous=False,
         )
-        return cls(process, info)
+        return cls(process, stderr, info)
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         if self._dead is not None:
-            raise EngineDead(self._dead)
-        frames = self._jobs[job.id] = asyncio.Queue()
-        ended = False
+            raise self._dead
+        run = _Run(job, next(self._serials))
+        self._runs[run.serial] = run
+        self._submit(run)
         try:
-            await self._tell({"op": "generate", "job": _as_frame(job)})
-            while not ended:
-                frame = await frames.get()
-                ended = frame["op"] != "delta" or frame.get("finish_reason") is not None
-                match frame["op"]:
-                    case "rejected":
-                        raise JobRejected(frame["code"], frame["message"])
-                    case "failed":
-                        raise JobFailed(frame["message"])
-                    case "dead":
-                        raise EngineDead(frame["message"])
-                yield Delta(
-                    text=frame["text"],
-                    token_ids=tuple(frame["token_ids"]),
-                    finish_reason=frame.get("finish_reason"),
-                    prompt_tokens=frame.get("prompt_tokens", 0),
-                )
+            while True:
+                news = await run.news.get()
+                if isinstance(news, Exception):
+                    raise news
+                if news.finish_reason is not None:
+                    del self._runs[run.serial]
+                yield news
+                if news.finish_reason is not None:
+                    return
         finally:
-            del self._jobs[job.id]
-            if not ended and self._dead is None:
-                await self.abort(job.id)
+            if self._runs.pop(run.serial, None) is not None:
+                self._tell({"op": "abort", "serial": run.serial})
 
     async def abort(self, job_id: JobId) -> None:
-        with contextlib.suppress(EngineDead):
-            await self._tell({"op": "abort", "id": job_id})
+        for run in self._runs.values():
+            if run.job.id == job_id:
+                self._tell({"op": "abort", "serial": run.serial})
 
     def load(self) -> Load:
-        return Load(running=len(self._jobs), waiting=0, steps=self._steps)
+        return Load(running=self._running, waiting=max(0, len(self._runs) - self._running), steps=self._steps)
 
     async def close(self, *, force: bool = False) -> None:
-        if self._dead is None and not force:
-            with contextlib.suppress(EngineDead, TimeoutError):
-                await self._tell({"op": "close"})
-                async with asyncio.timeout(CLOSE_S):
-                    await self._process.wait()
-        self._die("the engine was closed")
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        for task in (self._reader, self._stderr_reader):
-            task.cancel()
-        await asyncio.gather(self._reader, self._stderr_reader, return_exceptions=True)
-        _close_pipes(self._process)
+        """Kills the child either way: it has nothing that outlives it."""
+        self._die(EngineDead("the torch engine was closed"))
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await _end(self._process, self._stderr)
 
-    async def _tell(self, frame: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            await _send(self._process.stdin, frame)
-        except (ConnectionError, RuntimeError, OSError) as error:
-            raise EngineDead(self._dead or f"the torch process is gone: {error}") from None
+    def _submit(self, run: _Run) -> None:
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send_jobs)
+        self._unsent.append(
+            {
+                "serial": run.serial,
+                "prompt": run.job.prompt,
+                "sampling": run.job.sampling.model_dump(mode="json", exclude_none=True),
+                "stream": run.job.stream,
+                "prefix": run.job.prefix_token_ids,
+            }
+        )
+
+    def _send_jobs(self) -> None:
+        jobs, self._unsent = self._unsent, []
+        self._tell({"op": "generate", "jobs": jobs})
+
+    def _tell(self, frame: Frame) -> None:
+        """Never waits: what a child that hangs has not read stays in this process, the jobs it has at most."""
+        if self._dead is None:
+            _send(self._process, frame)
 
     async def _read(self) -> None:
         assert self._process.stdout is not None
         while (frame := await _receive(self._process.stdout)) is not None:
             if frame["op"] == "step":
                 self._steps += 1
-                for one in frame["deltas"]:
-                    self._give(one)
+                self._running = frame["running"]
+                for delta in frame["deltas"]:
+                    self._give(delta.pop("serial"), Delta(**{**delta, "token_ids": tuple(delta["token_ids"])}))
+            elif frame["error"] == "rejected":
+                self._give(frame["serial"], JobRejected(frame["code"], frame["message"]))
             else:
-                self._give(frame)
+                self._give(frame["serial"], JobFailed(frame["message"]))
         status = await self._process.wait()
-        await asyncio.gather(self._stderr_reader, return_exceptions=True)
-        self._die(f"the torch process ended with status {status}: {' | '.join(self._stderr)[-500:]}")
+        self._die(EngineDead(f"the torch process ended with status {status}: {await self._stderr.all()}"))
 
-    def _give(self, frame: dict[str, Any]) -> None:
-        if frames := self._jobs.get(frame["id"]):
-            frames.put_nowait(frame)
+    def _give(self, serial: int, news: Delta | Exception) -> None:
+        run = self._runs.get(serial)
+        if run is not None:
+            run.news.put_nowait(news)
+            if isinstance(news, Exception):
+                del self._runs[serial]
 
-    async def _read_stderr(self) -> None:
-        assert self._process.stderr is not None
-        while line := await self._process.stderr.readline():
-            self._stderr.append(line.decode(errors="replace").rstrip())
-
-    def _die(self, reason: str) -> None:
+    def _die(self, error: EngineDead) -> None:
         if self._dead is None:
-            self._dead = reason
-        for frames in self._jobs.values():
-            frames.put_nowait({"op": "dead", "message": self._dead})
+            self._dead = error
+        for run in self._runs.values():
+            run.news.put_nowait(self._dead)
+        self._runs.clear()
+        self._running = 0
 
 
-def _as_frame(job: EngineJob) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "prompt": job.prompt,
-        "sampling": job.sampling.model_dump(mode="json", exclude_none=True),
-        "stream": job.stream,
-        "prefix": job.prefix_token_ids,
-    }
+class _LastWords:
+    """Reads the child's stderr, so that the child never waits for it, and keeps the end."""
+
+    def __init__(self, pipe: asyncio.StreamReader) -> None:
+        self._pipe = pipe
+        self._kept = b""
+        self._task = asyncio.create_task(self._read(), name="torch engine stderr")
+
+    async def all(self) -> str:
+        """Once the child has ended."""
+        await asyncio.wait([self._task], timeout=1.0)
+        return self._kept.decode(errors="replace").strip()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _read(self) -> None:
+        while chunk := await self._pipe.read(READ_BYTES):
+            self._kept = (self._kept + chunk)[-LAST_WORDS:]
 
 
-async def _send(pipe: asyncio.StreamWriter, frame: dict[str, Any]) -> None:
+def _send(process: asyncio.subprocess.Process, frame: Frame) -> None:
+    assert process.stdin is not None
     body = json.dumps(frame).encode()
-    pipe.write(len(body).to_bytes(4, "big") + body)
-    await pipe.drain()
+    with contextlib.suppress(ConnectionError, RuntimeError):  # it has ended, as its stdout tells too
+        process.stdin.write(len(body).to_bytes(4, "big") + body)
 
 
-async def _receive(pipe: asyncio.StreamReader) -> dict[str, Any] | None:
+async def _receive(pipe: asyncio.StreamReader) -> Frame | None:
     """The next frame, None at the end of the pipe."""
     try:
         length = int.from_bytes(await pipe.readexactly(4), "big")
-        if length > MAX_FRAME:
-            return None
-        frame: dict[str, Any] = json.loads(await pipe.readexactly(length))
+        frame: Frame = json.loads(await pipe.readexactly(length))
     except asyncio.IncompleteReadError:
         return None
     return frame
 
 
-def _close_pipes(process: asyncio.subprocess.Process) -> None:
+async def _end(process: asyncio.subprocess.Process, stderr: _LastWords) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+    await stderr.close()
     if process.stdin is not None:
         process.stdin.close()
     process._transport.close()  # type: ignore[attr-defined]  # else its pipes warn when they are collected

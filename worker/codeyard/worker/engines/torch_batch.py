@@ -1,0 +1,147 @@
+"""A transformers model and its generation loop: one closed batch at a time, one token per step and row.
+
+Called by: torch_host, in the child process. Left-padded rows share one KV cache; a row that is done
+leaves it at once, so the batch gets cheaper as it ends. Knows nothing of pipes and processes.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from codeyard.worker.engines.completion import Completion, check_prompt
+from codeyard.worker.engines.port import EngineJob
+from codeyard.worker.engines.sampling import RowSampling, choose
+
+# Below this a step is shorter than two threads need to meet: with the cores shared among processes, one
+# thread took 4 ms a step where two took 120 (docs/engines.md).
+ONE_THREAD_PARAMETERS = 100_000_000
+PREFILL_TOKENS = 8_192  # per forward pass, padding included: bounds its memory, and shows that it moves
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One job in a batch. `serial` names this run of it."""
+
+    serial: int
+    prompt_ids: list[int]
+    completion: Completion
+    sampling: RowSampling
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.completion.token_ids
+
+
+class TorchModel:
+    """A loaded model. `dtype` "auto" is float32 on a CPU: as fast there, and it repeats exactly."""
+
+    def __init__(self, directory: str, *, device: str, dtype: str, max_model_len: int | None) -> None:
+        self.device = torch.device(_best_device() if device == "auto" else device)
+        if dtype == "auto" and self.device.type == "cpu":
+            dtype = "float32"
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        self._model = model.to(self.device).eval()
+        config = self._model.config.get_text_config()
+        longest = config.max_position_embeddings
+        self.context_tokens: int = min(max_model_len or longest, longest)
+        self._vocabulary: int = self._model.get_input_embeddings().num_embeddings
+        self._ends = _end_ids(self._model)
+        self.version = f"torch {torch.__version__} ({self.device.type}, {str(model.dtype).removeprefix('torch.')})"
+        small = sum(weight.numel() for weight in model.parameters()) < ONE_THREAD_PARAMETERS
+        if self.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+
+    def row(self, serial: int, job: EngineJob) -> Row:
+        """Ready to run. Raises JobRejected for a prompt that the model can never take."""
+        ids = list(job.prompt) if isinstance(job.prompt, tuple) else self._tokenizer.encode(job.prompt)
+        check_prompt(ids, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
+        completion = Completion(job, ids, self._decode, ends=self._ends, context_tokens=self.context_tokens)
+        return Row(serial, ids, completion, RowSampling(job.sampling, self.device))
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row], on_step: Callable[[Sequence[Row]], None]) -> None:
+        """Generate until every row has ended. `on_step` hears of the rows after each pass over them,
+        and may abort some. A row's tokens stay its own if this raises: it can be run again."""
+        active = [row for row in rows if row.completion.finish_reason is None]
+        if not active:
+            return
+        cache, mask, positions, logits = self._prefill(active, on_step)
+        while True:
+            tokens = choose(
+                logits,
+                [row.sampling for row in active],
+                [row.prompt_ids for row in active],
+                [row.completion.token_ids for row in active],
+            )
+            for row, token in zip(active, tokens, strict=True):
+                row.completion.push((token,))
+            on_step(active)
+            kept = [n for n, row in enumerate(active) if row.completion.finish_reason is None]
+            if not kept:
+                return
+            if len(kept) < len(active):
+                keep = torch.tensor(kept, device=self.device)
+                active, mask, positions = [active[n] for n in kept], mask[keep], positions[keep]
+                cache.batch_select_indices(keep)
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            positions = positions + 1
+            newest = torch.tensor([[row.completion.token_ids[-1]] for row in active], device=self.device)
+            out = self._forward(newest, mask, positions, cache)
+            logits = out.logits[:, -1]
+
+    def works(self) -> bool:
+        """False once the device refuses everything, as a GPU does after a failed assertion."""
+        try:
+            return bool(torch.ones(1, device=self.device).item() == 1.0)
+        except RuntimeError:
+            return False
+
+    def _prefill(self, rows: Sequence[Row], on_step: Callable[[Sequence[Row]], None]) -> tuple[Any, Any, Any, Any]:
+        """(cache, mask, last positions, logits of the next token), all with one row per job."""
+        longest = max(len(row.ids) for row in rows)
+        pads = [longest - len(row.ids) for row in rows]
+        ids = torch.tensor([[0] * pad + row.ids for pad, row in zip(pads, rows, strict=True)], device=self.device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        width = max(1, PREFILL_TOKENS // len(rows))
+        cache = None
+        for start in range(0, longest, width):
+            end = min(start + width, longest)
+            out = self._forward(ids[:, start:end], mask[:, :end], positions[:, start:end], cache)
+            cache = out.past_key_values
+            if end < longest:
+                on_step(())
+        return cache, mask, positions[:, -1:], out.logits[:, -1]
+
+    def _forward(self, ids: Any, mask: Any, positions: Any, cache: Any) -> Any:
+        return self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,  # of a long prompt all of them would fill the memory
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]  # untyped here
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    """Chat models end with more tokens than their config names; the generation config has them all."""
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config().eos_token_id
+    return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
