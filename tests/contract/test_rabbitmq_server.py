@@ -7,6 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 import aio_pika
 import aiormq.exceptions
 import pamqp.exceptions
+import pika
 import pytest
 from pamqp.commands import Basic
 from support.brokers import PATIENCE_S, Yard, comes_to, logged, message, numbered, take
@@ -65,6 +66,36 @@ async def test_a_message_on_the_wire_is_what_the_contract_says(rabbitmq: Yard) -
         assert (one.exchange, one.routing_key) == (rabbitmq.topology.jobs_exchange, rabbitmq.queue)
         assert one.message_id
         assert one.timestamp is not None
+
+
+UNDECODABLE = {
+    "timestamp": pika.BasicProperties(message_id="m", timestamp=2**62),
+    "text": pika.BasicProperties(message_id=b"\xff\xfe", type="t"),
+    "header name": pika.BasicProperties(message_id="m", headers={b"\xff": "x"}),
+}
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("properties", UNDECODABLE.values(), ids=UNDECODABLE.keys())
+async def test_a_message_nobody_can_decode_does_not_stop_the_lane(
+    rabbitmq: Yard, properties: pika.BasicProperties
+) -> None:
+    """It would end the connection, come back first, and end it again, for every worker there is."""
+    broker = await rabbitmq.declared()
+    consumer = await broker.consume({rabbitmq.queue: 1})
+
+    def publish_as_a_foreigner() -> None:
+        connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
+        connection.channel().basic_publish(rabbitmq.topology.jobs_exchange, rabbitmq.queue, b"odd", properties)
+        connection.close()
+
+    await asyncio.to_thread(publish_as_a_foreigner)
+    await broker.publish([message(rabbitmq.queue, b"fine")], timeout_s=5)
+    [odd] = await take(consumer, 1)
+    await consumer.ack([odd])
+    [fine] = await take(consumer, 1)
+
+    assert (odd.body, odd.redelivered, fine.body) == (b"odd", False, b"fine")
 
 
 @pytest.mark.services

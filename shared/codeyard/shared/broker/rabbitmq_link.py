@@ -23,6 +23,7 @@ from aiormq.abc import AbstractConnection as Wire
 from aiormq.channel import Channel
 
 from codeyard.shared.broker.backoff import backoff_s
+from codeyard.shared.broker.rabbitmq_decoding import tolerate_undecodable_properties
 from codeyard.shared.errors import BrokerUnavailable
 from codeyard.shared.settings import BrokerSettings, masked
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 3.0  # aiormq waits 2 s for the server's close-ok
 LIBRARY_ERRORS = (*CONNECTION_EXCEPTIONS, TimeoutError, EOFError)
+
+tolerate_undecodable_properties()
 
 
 @contextmanager
