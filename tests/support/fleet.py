@@ -5,15 +5,16 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from codeyard.producer import AsyncClient
 from codeyard.shared.settings import Settings, load
-from codeyard.worker.service import Ready, run_worker
+from codeyard.worker.service import run_worker
 
 FAULTS = {"!hang": "hang", "!die": "die", "!fail": "fail", "!exit": "exit"}
 READY_S = 60.0
@@ -83,11 +84,23 @@ class WorkerProcess:
         return self.process.returncode
 
 
+@contextlib.contextmanager
+def worker_process(settings: Settings, folder: Path) -> Iterator[None]:
+    """The same for tests without an event loop; killed at the end."""
+    config = folder / "worker.yaml"
+    config.write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "codeyard.cli.main", "worker", "--config", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith(b"worker "), "the worker ended at start"
+            yield
+        finally:
+            process.kill()
+
+
 async def first_token(client: AsyncClient, job_id: str) -> None:
     """Return when a streaming job has shown its first token."""
     stream = client.stream(job_id)
     await anext(stream)
     await stream.aclose()
-
-
-__all__ = ["Ready", "WorkerProcess", "first_token", "fleet_settings", "latency_table", "worker_task"]

@@ -124,8 +124,7 @@ class Job(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "body"
-            raise InvalidJob(first["msg"], field=field) from None
+            raise InvalidJob(first["msg"], field=_where(first["loc"])) from None
 
 
 def job_id_for_key(tenant: str, key: str) -> JobId:
@@ -145,6 +144,11 @@ def new_job_id() -> JobId:
 def _first_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        return f"{where}: {first['msg']}"
+        return f"{_where(first['loc'])}: {first['msg']}"
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _where(loc: tuple[int | str, ...]) -> str:
+    """A field's path as a caller knows it: without pydantic's names for the branches of a union."""
+    parts = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
+    return ".".join(parts) or "body"
