@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.redis_server import RedisServer, running_redis
+from support.redis_server import OwnRedis, running_redis
 from support.store_calls import claim_of, commit_of, make_job, reservation_of
 
 from codeyard.shared.record import State
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.services
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+async def server(tmp_path: Path) -> AsyncIterator[OwnRedis]:
     """One node with all slots: it refuses a script over two slots as any cluster does."""
     async with running_redis(tmp_path / "redis", "--cluster-enabled", "yes") as server:
         await server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
@@ -26,7 +26,7 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 
 @pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+async def store(server: OwnRedis) -> AsyncIterator[RedisStore]:
     store = await RedisStore.open(StoreSettings(url=server.url), Topology("cluster"))
     yield store
     await store.close()
@@ -66,7 +66,7 @@ async def test_the_indexes_of_all_shards_are_looked_through(store: RedisStore) -
     assert (await store.ping()).startswith("redis ")
 
 
-async def test_a_forgotten_script_is_taught_again_on_every_node(store: RedisStore, server: RedisServer) -> None:
+async def test_a_forgotten_script_is_taught_again_on_every_node(store: RedisStore, server: OwnRedis) -> None:
     """Each node has a script cache of its own, and a new node an empty one."""
     await store.reserve([reservation_of(make_job())])
     await server.command("SCRIPT", "FLUSH")

@@ -196,7 +196,9 @@ async def compare(store: RedisStore, seed: int) -> set[str]:
     """One random life of a few jobs on both. Returns the verdicts met."""
     choose = random.Random(seed)
     model = Model(store.timing)
-    jobs = [make_job(f"{seed}-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate((80_020.0, 80_020.0, 1_020.0, 20.5))]
+    jobs = [
+        make_job(f"{seed}-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate((80_020.0, 80_020.0, 1_020.0, 20.5))
+    ]
     calls = Calls(choose, model, jobs)
     seen = set()
     for number in range(NUM_STEPS):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from redis import exceptions
-from support.redis_server import RedisServer, free_port, running_redis
+from support.redis_server import OwnRedis, running_redis
+from support.servers import free_port
 from support.store_calls import commit_of, make_job, reservation_of, run_jobs, tokens
 
 from codeyard.shared.errors import SettingsError, StoreUnavailable
@@ -32,18 +33,18 @@ async def opened(url: str, *, timeout_s: float = 5.0, replicas: int = 0) -> Asyn
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+async def server(tmp_path: Path) -> AsyncIterator[OwnRedis]:
     async with running_redis(tmp_path / "redis") as server:
         yield server
 
 
-async def test_ping_names_the_server_and_its_version(server: RedisServer) -> None:
+async def test_ping_names_the_server_and_its_version(server: OwnRedis) -> None:
     """`codeyard doctor` prints it."""
     async with opened(server.url) as store, server.client() as client:
         assert await store.ping() == f"redis {(await client.info('server'))['redis_version']}"
 
 
-async def test_a_server_that_forgot_its_scripts_is_taught_them_again(server: RedisServer) -> None:
+async def test_a_server_that_forgot_its_scripts_is_taught_them_again(server: OwnRedis) -> None:
     """A restart or a failover empties the script cache in the middle of a worker's life."""
     async with opened(server.url) as store, server.client() as client:
         (claimed,) = await run_jobs(store, job := make_job())
@@ -56,7 +57,7 @@ async def test_a_server_that_forgot_its_scripts_is_taught_them_again(server: Red
         assert (await store.commit([commit_of(job, claimed)]))[0].verdict is CommitVerdict.COMMITTED
 
 
-async def test_a_full_server_refuses_the_whole_group_and_still_reads(server: RedisServer) -> None:
+async def test_a_full_server_refuses_the_whole_group_and_still_reads(server: OwnRedis) -> None:
     """Half a group written would be a promise to half of the callers; nobody could tell which half."""
     async with opened(server.url) as store, server.client() as client:
         await run_jobs(store, there := make_job())
@@ -73,7 +74,7 @@ async def test_a_full_server_refuses_the_whole_group_and_still_reads(server: Red
         assert (await store.reserve([reservation_of(make_job())]))[0].verdict is ReserveVerdict.NEW
 
 
-async def test_a_replica_is_named_as_such(server: RedisServer) -> None:
+async def test_a_replica_is_named_as_such(server: OwnRedis) -> None:
     """After a failover the old primary is a replica: retrying there never helps, another address does."""
     async with opened(server.url) as store:
         await server.command("REPLICAOF", "127.0.0.1", free_port())
@@ -84,7 +85,7 @@ async def test_a_replica_is_named_as_such(server: RedisServer) -> None:
 
 async def test_a_server_that_is_loading_is_unavailable_and_then_back(tmp_path: Path) -> None:
     """A restart with much data answers LOADING for minutes; workers wait it out."""
-    server = RedisServer(tmp_path / "redis")
+    server = OwnRedis(tmp_path / "redis")
     try:
         await server.start()
         async with opened(server.url) as store:
@@ -104,7 +105,7 @@ async def test_a_server_that_is_loading_is_unavailable_and_then_back(tmp_path: P
         await server.stop()
 
 
-async def test_too_few_replicas_for_a_write_is_unavailable(server: RedisServer) -> None:
+async def test_too_few_replicas_for_a_write_is_unavailable(server: OwnRedis) -> None:
     """The server's own rule (min-replicas-to-write) ends the call, not the process."""
     async with opened(server.url) as store, server.client() as client:
         await client.config_set("min-replicas-to-write", "1")
@@ -160,7 +161,7 @@ async def test_no_server_is_unavailable_and_a_bad_url_is_a_setting() -> None:
     assert "secret" not in str(refused.value)
 
 
-async def test_a_server_that_stands_still_is_given_up_in_time(server: RedisServer) -> None:
+async def test_a_server_that_stands_still_is_given_up_in_time(server: OwnRedis) -> None:
     """A stopped process keeps its connections open: only our own clock ends the wait."""
     async with opened(server.url, timeout_s=0.5) as store:
         (claimed,) = await run_jobs(store, job := make_job())
@@ -177,7 +178,7 @@ async def test_a_server_that_stands_still_is_given_up_in_time(server: RedisServe
         await store.ping()
 
 
-async def test_more_callers_than_connections_wait_their_turn(server: RedisServer) -> None:
+async def test_more_callers_than_connections_wait_their_turn(server: OwnRedis) -> None:
     """A burst at a gateway must neither open a connection per request nor fail."""
     async with opened(server.url) as store, server.client() as client:
         async with asyncio.TaskGroup() as tasks:
@@ -187,7 +188,7 @@ async def test_more_callers_than_connections_wait_their_turn(server: RedisServer
         assert len(await client.client_list()) <= 17
 
 
-async def test_a_cancelled_call_leaves_no_half_read_connection(server: RedisServer) -> None:
+async def test_a_cancelled_call_leaves_no_half_read_connection(server: OwnRedis) -> None:
     """Its late reply must never be taken for the answer to the next call."""
     async with opened(server.url) as store:
         await run_jobs(store, job := make_job())
@@ -201,7 +202,7 @@ async def test_a_cancelled_call_leaves_no_half_read_connection(server: RedisServ
 
 async def test_a_result_committed_under_appendfsync_always_survives_kill_9(tmp_path: Path) -> None:
     """The delivery is acked right after the commit: from then on Redis alone has the result."""
-    server = RedisServer(tmp_path / "redis", "--appendonly", "yes", "--appendfsync", "always")
+    server = OwnRedis(tmp_path / "redis", "--appendonly", "yes", "--appendfsync", "always")
     try:
         await server.start()
         async with opened(server.url) as store:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support.redis_server import RedisServer, running_redis
+from support.redis_server import OwnRedis, running_redis
 from support.store_calls import claim_of, commit_of, make_job, reservation_of, run_jobs, tokens
 
 from codeyard.shared.errors import MalformedMessage
@@ -23,20 +23,20 @@ TOPOLOGY = Topology("keys")
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+async def server(tmp_path: Path) -> AsyncIterator[OwnRedis]:
     async with running_redis(tmp_path / "redis") as server:
         yield server
 
 
 @pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+async def store(server: OwnRedis) -> AsyncIterator[RedisStore]:
     store = await RedisStore.open(StoreSettings(url=server.url), TOPOLOGY)
     yield store
     await store.close()
 
 
 async def test_every_key_of_a_job_ends_with_its_record_and_lies_in_its_shard(
-    store: RedisStore, server: RedisServer
+    store: RedisStore, server: OwnRedis
 ) -> None:
     """A key without an end fills the server; one in another slot cannot be in the same script on a cluster."""
     reserved, streaming, done, cancelled, from_message = jobs = [make_job() for _ in range(5)]
@@ -61,7 +61,7 @@ async def test_every_key_of_a_job_ends_with_its_record_and_lies_in_its_shard(
         assert ends_ms == pytest.approx(expires_at * 1000, abs=1.0)
 
 
-async def test_nothing_but_jobs_indexes_and_aliases_is_kept(store: RedisStore, server: RedisServer) -> None:
+async def test_nothing_but_jobs_indexes_and_aliases_is_kept(store: RedisStore, server: OwnRedis) -> None:
     """The wire contract lists every key there is."""
     (claimed,) = await run_jobs(store, job := make_job())
     await store.commit([commit_of(job, claimed)])
@@ -76,9 +76,7 @@ async def test_nothing_but_jobs_indexes_and_aliases_is_kept(store: RedisStore, s
     }
 
 
-async def test_a_record_is_a_hash_with_one_readable_field_per_record_field(
-    store: RedisStore, server: RedisServer
-) -> None:
+async def test_a_record_is_a_hash_with_one_readable_field_per_record_field(store: RedisStore, server: OwnRedis) -> None:
     """Other languages read it field by field, without our library."""
     (claimed,) = await run_jobs(store, job := make_job(prompt='say "hé/llo"\n\t\x7f'))
     await store.append([Append(job.id, claimed.fence, [tokens(1, "é/\n")])])
@@ -100,7 +98,7 @@ async def test_a_record_is_a_hash_with_one_readable_field_per_record_field(
     assert [event["event"] for _, event in entries] == [tokens(1, "é/\n").encode(), end.encode()]
 
 
-async def test_a_result_the_store_makes_reads_like_one_of_ours(store: RedisStore, server: RedisServer) -> None:
+async def test_a_result_the_store_makes_reads_like_one_of_ours(store: RedisStore, server: OwnRedis) -> None:
     """The script builds its JSON by hand; a repeat of the text would otherwise not be recognised as the same."""
     await store.reserve([reservation_of(job := make_job())])
 
@@ -114,7 +112,7 @@ async def test_a_result_the_store_makes_reads_like_one_of_ours(store: RedisStore
 
 
 async def test_a_job_whose_keys_have_ended_leaves_the_due_index_when_it_is_looked_at(
-    store: RedisStore, server: RedisServer
+    store: RedisStore, server: OwnRedis
 ) -> None:
     """Otherwise every reconciler would be given it for ever."""
     await store.reserve([reservation_of(job := make_job())])
@@ -128,7 +126,7 @@ async def test_a_job_whose_keys_have_ended_leaves_the_due_index_when_it_is_looke
     assert await store.due(10) == []
 
 
-async def test_the_index_of_recent_jobs_is_bounded(store: RedisStore, server: RedisServer) -> None:
+async def test_the_index_of_recent_jobs_is_bounded(store: RedisStore, server: OwnRedis) -> None:
     """It has no TTL of its own: jobs come for years."""
     in_one_shard = (job for job in (make_job() for _ in itertools.count()) if store_shard(job.id) == 7)
     jobs = list(itertools.islice(in_one_shard, NUM_RECENT + 5))
@@ -139,7 +137,7 @@ async def test_the_index_of_recent_jobs_is_bounded(store: RedisStore, server: Re
     assert [record.id for record in await store.recent(3)] == [job.id for job in reversed(jobs[-3:])]
 
 
-async def test_a_hash_that_is_not_ours_is_malformed_and_not_a_crash(store: RedisStore, server: RedisServer) -> None:
+async def test_a_hash_that_is_not_ours_is_malformed_and_not_a_crash(store: RedisStore, server: OwnRedis) -> None:
     """A caller can settle MalformedMessage; a library's exception would stop a worker."""
     job = make_job()
     await server.command("HSET", TOPOLOGY.job_key(job.id, "record"), "id", job.id, "state", "??", "job", "{}")

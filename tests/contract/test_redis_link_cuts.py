@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.lossy_link import Loss, LossyLink
+from support.proxy import TcpProxy
 from support.redis_server import running_redis
 from support.store_calls import claim_of, commit_of, make_job, reservation_of, run_jobs, success, tokens
 
@@ -31,6 +32,27 @@ CALLS = ("reserve", "mark_queued", "claim", "renew", "append", "commit", "releas
 ATTEMPTS = 2  # of one call: the link itself repeats once, for a connection that went stale in the pool
 
 
+class Loss(StrEnum):
+    REQUEST = "request"  # before the effect
+    REPLY = "reply"  # after the effect
+
+
+class LossyLink(TcpProxy):
+    """Loses not one script call, but as many in a row as it is told to."""
+
+    def lose(self, loss: Loss, *, times: int) -> None:
+        self._loss, self._times = loss, times
+        self._arm()
+
+    def _spring(self, link: Any) -> None:
+        super()._spring(link)
+        self._arm()  # before the client learns that it was cut, and comes back
+
+    def _arm(self) -> None:
+        if self.cuts < self._times:
+            (self.drop_requests if self._loss is Loss.REQUEST else self.drop_replies)(b"EVALSHA")
+
+
 @dataclass
 class Yard:
     """One server, with a link that loses things and one that does not."""
@@ -43,7 +65,7 @@ class Yard:
 @pytest.fixture
 async def yard(tmp_path: Path) -> AsyncIterator[Yard]:
     topology = Topology("cuts")
-    async with running_redis(tmp_path / "redis") as server, LossyLink(server.port) as link:
+    async with running_redis(tmp_path / "redis") as server, LossyLink("127.0.0.1", server.port) as link:
         lossy = await RedisStore.open(StoreSettings(url=f"redis://127.0.0.1:{link.port}/0"), topology)
         sound = await RedisStore.open(StoreSettings(url=server.url), topology)
         for job in (make_job(), make_job(), make_job()):  # so that the server knows every script
@@ -95,13 +117,13 @@ async def test_a_call_repeated_after_a_cut_has_the_effect_of_one(yard: Yard, nam
     once, claimed_once = await prepare(yard.sound, name)
     job, claimed = await prepare(yard.sound, name)
     (expected,) = await getattr(yard.sound, name)(requests(name, once, claimed_once))
-    yard.link.lose(loss, marker=b"EVALSHA", times=ATTEMPTS)
+    yard.link.lose(loss, times=ATTEMPTS)
 
     with pytest.raises(StoreUnavailable):
         await getattr(yard.lossy, name)(requests(name, job, claimed))
     (outcome,) = await getattr(yard.lossy, name)(requests(name, job, claimed))
 
-    assert yard.link.num_lost == ATTEMPTS
+    assert yard.link.cuts == ATTEMPTS
     first, second = await yard.sound.read([once.id, job.id])
     assert timeless(second) == timeless(first)
     assert await yard.sound.events(job.id, after=0) == await yard.sound.events(once.id, after=0)
@@ -116,7 +138,7 @@ async def test_a_call_repeated_after_a_cut_has_the_effect_of_one(yard: Yard, nam
 async def test_a_connection_that_went_stale_is_replaced_without_the_caller_noticing(yard: Yard, loss: Loss) -> None:
     """Every idle connection ends some day; a worker must not report an outage for it."""
     job, claimed = await prepare(yard.sound, "commit")
-    yard.link.lose(loss, marker=b"EVALSHA", times=1)
+    yard.link.lose(loss, times=1)
 
     await yard.lossy.commit([commit_of(job, claimed)])
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from support.redis_server import RedisServer, running_redis
+from support.redis_server import OwnRedis, running_redis
 from support.store_calls import commit_of, make_job, run_jobs, tokens
 
 from codeyard.shared.settings import StoreSettings
@@ -22,13 +22,13 @@ LONG_S = 20.0  # a wait that ends by this has not been woken
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+async def server(tmp_path: Path) -> AsyncIterator[OwnRedis]:
     async with running_redis(tmp_path / "redis") as server:
         yield server
 
 
 @pytest.fixture
-async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+async def store(server: OwnRedis) -> AsyncIterator[RedisStore]:
     store = await RedisStore.open(StoreSettings(url=server.url), TOPOLOGY)
     yield store
     await store.close()
@@ -74,7 +74,7 @@ async def test_a_wait_for_a_quiet_job_ends_by_its_timeout(store: RedisStore) -> 
     assert time.monotonic() - begun >= 0.19
 
 
-async def test_all_watchers_of_a_process_share_one_connection(store: RedisStore, server: RedisServer) -> None:
+async def test_all_watchers_of_a_process_share_one_connection(store: RedisStore, server: OwnRedis) -> None:
     """A gateway has thousands of waiting callers; Redis has a limit of connections."""
     jobs = [make_job() for _ in range(40)]
     claims = await run_jobs(store, *jobs)
@@ -90,7 +90,7 @@ async def test_all_watchers_of_a_process_share_one_connection(store: RedisStore,
     assert int(subscribers[0]["sub"]) == 1 + len(jobs)  # two watchers of a job share its channel
 
 
-async def test_a_channel_nobody_watches_any_more_is_left(store: RedisStore, server: RedisServer) -> None:
+async def test_a_channel_nobody_watches_any_more_is_left(store: RedisStore, server: OwnRedis) -> None:
     """Else a gateway's subscriptions grow with every job it ever waited for."""
     async with store.watch(make_job().id), store.watch(make_job().id):
         assert len(await server.command("PUBSUB", "CHANNELS")) == 3
@@ -101,7 +101,7 @@ async def test_a_channel_nobody_watches_any_more_is_left(store: RedisStore, serv
     assert set(channels) == {"wake:wake", TOPOLOGY.job_key(last, "wake")}
 
 
-async def test_watching_survives_a_cut_and_the_cut_itself_wakes(store: RedisStore, server: RedisServer) -> None:
+async def test_watching_survives_a_cut_and_the_cut_itself_wakes(store: RedisStore, server: OwnRedis) -> None:
     """What was published while the link was down is lost: who waits must read."""
     (claimed,) = await run_jobs(store, job := make_job())
     async with store.watch(job.id) as watcher, store.watch(make_job().id) as other:
@@ -114,7 +114,7 @@ async def test_watching_survives_a_cut_and_the_cut_itself_wakes(store: RedisStor
         assert await woken(watcher)
 
 
-async def test_watching_survives_a_restart_of_the_server(store: RedisStore, server: RedisServer) -> None:
+async def test_watching_survives_a_restart_of_the_server(store: RedisStore, server: OwnRedis) -> None:
     """The subscription comes back by itself, with backoff, however long it took."""
     async with store.watch(make_job().id) as watcher:
         await server.kill()
@@ -127,9 +127,7 @@ async def test_watching_survives_a_restart_of_the_server(store: RedisStore, serv
             assert await woken(after)
 
 
-async def test_watching_while_the_server_is_away_is_entered_all_the_same(
-    store: RedisStore, server: RedisServer
-) -> None:
+async def test_watching_while_the_server_is_away_is_entered_all_the_same(store: RedisStore, server: OwnRedis) -> None:
     """The read that follows tells of the outage; a second error would only hide it."""
     await server.kill()
 
@@ -137,7 +135,7 @@ async def test_watching_while_the_server_is_away_is_entered_all_the_same(
         await watcher.wait(0.01)
 
 
-async def test_a_cancelled_watcher_leaves_nothing_behind(store: RedisStore, server: RedisServer) -> None:
+async def test_a_cancelled_watcher_leaves_nothing_behind(store: RedisStore, server: OwnRedis) -> None:
     """Callers hang up at any moment, also between the subscription and its confirmation."""
     for _ in range(30):
         watching = asyncio.ensure_future(_watch_for_ever(store))
@@ -150,7 +148,7 @@ async def test_a_cancelled_watcher_leaves_nothing_behind(store: RedisStore, serv
     assert set(channels) == {"wake:wake", TOPOLOGY.job_key(last, "wake")}
 
 
-async def test_close_ends_the_task_and_the_connection(server: RedisServer) -> None:
+async def test_close_ends_the_task_and_the_connection(server: OwnRedis) -> None:
     """A lease thread opens a store of its own and closes it; nothing may stay behind in its loop."""
     tasks_before = asyncio.all_tasks()
     store = await RedisStore.open(StoreSettings(url=server.url), TOPOLOGY)
@@ -163,7 +161,7 @@ async def test_close_ends_the_task_and_the_connection(server: RedisServer) -> No
     assert await server.command("PUBSUB", "CHANNELS") == []
 
 
-async def test_an_idle_subscription_costs_nothing(store: RedisStore, server: RedisServer) -> None:
+async def test_an_idle_subscription_costs_nothing(store: RedisStore, server: OwnRedis) -> None:
     """A gateway waits most of the time; a loop that turns meanwhile burns a core."""
     async with store.watch(make_job().id) as watcher:
         before = time.process_time()

@@ -1,30 +1,34 @@
-"""A Redis server of a test's own: to be configured, killed, paused, filled up and started again."""
+"""A Redis server of one test's own: configured at will, filled up, paused, killed and started again.
+
+servers.RedisServer is the one that tests share, run as our configurations run it.
+"""
 
 import asyncio
 import os
-import shutil
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from redis import exceptions
 from redis.asyncio import Redis
+
+from support.servers import Guarded, free_port
+from support.servers import RedisServer as SharedServer
+from support.services import missing
 
 START_S = 10.0
 
 
-class RedisServer:
+class OwnRedis:
     """`redis-server` in `folder`; `options` are its command line, e.g. ("--appendonly", "yes")."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self.options = options
         self.port = free_port()
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Guarded | None = None
 
     @property
     def url(self) -> str:
@@ -32,27 +36,15 @@ class RedisServer:
 
     async def start(self, *more: str, answering: bool = True) -> None:
         """Start, and wait until it answers a PING; without `answering`, until it listens."""
-        binary = shutil.which("redis-server")
-        if binary is None:
-            if os.environ.get("CI"):
-                pytest.fail("redis-server is not installed")
-            pytest.skip("redis-server is not installed")
+        if not SharedServer.available():
+            missing("Redis", "redis-server", None)
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = (
-            binary,
-            "--port",
-            str(self.port),
-            "--cluster-port",
-            str(free_port()),
-            "--dir",
-            str(self.folder),
-            "--save",
-            "",
-            *self.options,
-            *more,
+        own = ("--port", str(self.port), "--cluster-port", str(free_port()), "--dir", str(self.folder), "--save", "")
+        command = ("redis-server", *own, *self.options, *more)
+        env = {"PATH": os.environ["PATH"]}
+        self._process = await asyncio.to_thread(
+            Guarded, command, env=env, cwd=self.folder, log=self.folder / "redis.log"
         )
-        with (self.folder / "log").open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         await self._until(answering)
 
     async def answering(self) -> None:
@@ -66,21 +58,24 @@ class RedisServer:
 
     async def kill(self) -> None:
         """kill -9, as the machine would."""
-        await self._end(signal.SIGKILL)
+        process, self._process = self._process, None
+        if process is not None:
+            await asyncio.to_thread(process.kill)
 
     async def stop(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
-            await self._end(signal.SIGTERM)
+        process, self._process = self._process, None
+        if process is not None:
+            process.send(signal.SIGCONT)
+            await asyncio.to_thread(process.stop, START_S)
 
     def pause(self) -> None:
         """The process stands still: connections stay open, nothing is answered."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        self._process.send(signal.SIGSTOP)
 
     def resume(self) -> None:
         assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        self._process.send(signal.SIGCONT)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Redis]:
@@ -93,12 +88,6 @@ class RedisServer:
     async def command(self, *command: str | int) -> Any:
         async with self.client() as client:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py has no types here
-
-    async def _end(self, number: signal.Signals) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(number)
-            await process.wait()
 
     async def _until(self, answering: bool) -> None:
         async with asyncio.timeout(START_S):
@@ -117,17 +106,10 @@ class RedisServer:
 
 
 @asynccontextmanager
-async def running_redis(folder: Path, *options: str) -> AsyncIterator[RedisServer]:
-    server = RedisServer(folder, *options)
+async def running_redis(folder: Path, *options: str) -> AsyncIterator[OwnRedis]:
+    server = OwnRedis(folder, *options)
     await server.start()
     try:
         yield server
     finally:
         await server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -88,11 +88,14 @@ class Wakeups:
     async def close(self) -> None:
         """End the task and its connection. Raises what the task may have died of."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await self._client.aclose()
+        try:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.result()
+        finally:
+            await self._client.aclose()
 
     # The task: one connection at a time, a reader and a writer on it -------------------------------
 
