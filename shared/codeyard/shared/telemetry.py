@@ -125,7 +125,7 @@ def _one_line(message: str) -> str:
 
 # Metrics -------------------------------------------------------------------------------------------
 
-disable_created_metrics()  # a second series beside each, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each, which nobody reads
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400)  # s
 _RUNS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)  # s
 _TRIPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # s
@@ -163,7 +163,7 @@ class Metrics:
         )
         self.http_requests = self._counter(
             "codeyard_http_requests_total",
-            "HTTP requests answered, by method and route template (`unmatched`: no such route) and status code (499: hung up).",
+            "HTTP requests by method and route template (`unmatched`: no such route) and status (499: hung up).",
             "route status",
         )
         self.http_request = self._histogram(
@@ -172,6 +172,7 @@ class Metrics:
             "route",
             _RUNS,
         )
+        self.waits_open = self._gauge("codeyard_waits_open", "Requests held open by `Prefer: wait` now.")
         self.streams_open = self._gauge("codeyard_streams_open", "Event streams being read over HTTP now.")
 
     def _worker(self) -> None:

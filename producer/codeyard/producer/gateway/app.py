@@ -164,7 +164,8 @@ class _Native:
             gone = True
 
         try:
-            status = await unless(self._jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
+            with self._metrics.waits_open.track_inprogress():
+                status = await unless(self._jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
         except ResultTimeout:
             return None
         if status is None and gone:
