@@ -1,7 +1,9 @@
 """The Broker port on RabbitMQ 3.10 and later, through aio-pika.
 
-Two kinds of connections: one to publish, declare and ask on, made again by whoever needs it, and one for
-each consumer, which resumes by itself. What there is on the server: rabbitmq_topology.py.
+Three kinds of connections: one to publish on; one to declare and ask on; one for each consumer, which
+resumes by itself. They are apart because a broker short of memory or disk stops reading from a
+connection that has published: acks and questions must get through then more than ever. What there is on
+the server: rabbitmq_topology.py.
 Called by: shared.connect. Raises BrokerUnavailable, and SettingsError where a queue exists with other arguments.
 """
 
@@ -28,8 +30,9 @@ class RabbitBroker:
         self._settings = settings
         self._topology = topology
         self._timeout_s = settings.publish_timeout_s  # of calls that are given none
-        self._link = Link(settings, purpose="publisher")
-        self._publisher = GroupPublisher(self._link)
+        self._publishing = Link(settings, purpose="publisher")
+        self._publisher = GroupPublisher(self._publishing)
+        self._questions = Link(settings, purpose="questions")
         self._asking = asyncio.Lock()
         self._scratch: Channel | None = None  # to ask on: a question about a missing queue ends the channel
         self._consumers: list[RabbitConsumer] = []
@@ -38,7 +41,7 @@ class RabbitBroker:
     async def open(cls, settings: BrokerSettings, topology: Topology) -> Self:
         broker = cls(settings, topology)
         try:
-            await broker._link.connect_within(settings.publish_timeout_s)
+            await broker._publishing.connect_within(settings.publish_timeout_s)
         except BaseException:
             await broker.close()
             raise
@@ -58,7 +61,7 @@ class RabbitBroker:
 
     async def declare(self, queues: Sequence[str]) -> None:
         async with self._bounded("cannot declare queues"):
-            channel = await self._link.channel()
+            channel = await self._questions.channel()
             try:
                 await self._declare_on(channel, queues)
             finally:
@@ -82,7 +85,7 @@ class RabbitBroker:
 
     async def ping(self) -> str:
         async with self._bounded("no answer to a ping"), self._asking:
-            wire = await self._link.connect()
+            wire = await self._questions.connect()
             channel = await self._scratch_channel()
             await channel.exchange_declare("amq.direct", exchange_type="direct", passive=True)  # every server has it
             return f"rabbitmq {_text(wire.server_properties.get('version') if wire.server_properties else None)}"
@@ -90,7 +93,8 @@ class RabbitBroker:
     async def close(self) -> None:
         for consumer in self._consumers:
             await consumer.close()
-        await self._link.close()
+        await self._publishing.close()
+        await self._questions.close()
 
     @asynccontextmanager
     async def _bounded(self, doing: str) -> AsyncIterator[None]:
@@ -125,7 +129,7 @@ class RabbitBroker:
 
     async def _scratch_channel(self) -> Channel:
         if self._scratch is None or self._scratch.is_closed:
-            self._scratch = await self._link.channel()
+            self._scratch = await self._questions.channel()
         return self._scratch
 
 

@@ -3,8 +3,7 @@
 Promise: a delivery is given out at most once per arrival; after any loss (connection, channel, queue
 deleted, cancelled by the server) the queue is consumed again, and what was unacked arrives again.
 Owns: its connection, one task per queue that keeps the subscription, and the arrivals not yet given out,
-which the prefetch bounds. Its own connection, because the broker stops reading from one that publishes
-while it is short of memory or disk, and acks must still get through.
+which the prefetch bounds.
 Called by: shared.broker.rabbitmq.
 """
 
