@@ -95,7 +95,7 @@ class AdaptiveScheduler:
         self._refilled_s = 0.0
         self._job_s = 0.0  # integral of running jobs over time
         self._prompts = 0.0  # prompt tokens prefilled so far
-        self._room = 0.0  # prompt tokens the pace allows now; negative is a debt
+        self._room = math.inf  # prompt tokens the pace allows now; negative is a debt
         self._mix = MixEstimate()
         self._seen_s: dict[Lane, float] = dict.fromkeys(Lane, -math.inf)  # when the lane last had work
         self._preempted_s = -math.inf  # when, and how many within `calm_s` of each other

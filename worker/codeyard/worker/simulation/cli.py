@@ -110,7 +110,8 @@ fleet finishes with every slot full.
 def simulate(
     traces: tuple[str, ...], policies: tuple[str, ...], loads: tuple[float, ...], workers: int | None,
     jobs: int | None, seeds: tuple[int, ...], table_path: Path | None, losses: tuple[str, ...], compare: bool,
-    scale: bool, only_calibrate: bool, as_json: bool, by_tenant: bool, markdown: Path | None, plots: Path | None, only_list: bool,
+    scale: bool, only_calibrate: bool, as_json: bool, by_tenant: bool, markdown: Path | None,
+    plots: Path | None, only_list: bool,
 ) -> None:  # fmt: skip
     console = _console(as_json)
     try:
@@ -122,7 +123,8 @@ def simulate(
         else:
             run(
                 table=table, traces=traces, policies=policies, loads=loads, workers=workers, jobs=jobs, seeds=seeds,
-                losses=losses, compare=compare, scale=scale, as_json=as_json, by_tenant=by_tenant, markdown=markdown, plots=plots,
+                losses=losses, compare=compare, scale=scale, as_json=as_json, by_tenant=by_tenant,
+                markdown=markdown, plots=plots,
                 console=console,
             )  # fmt: skip
     except SettingsError as error:

@@ -9,8 +9,6 @@ from codeyard.worker.simulation.metrics import RunStats
 from codeyard.worker.simulation.policies import policy
 from codeyard.worker.simulation.traces import Trace, arrivals, run_length_s
 
-BY_TENANT_MOST = 32  # tenants of a trace that are reported one by one
-
 
 def simulate_one(
     trace_name: str,
@@ -62,7 +60,6 @@ def _run(
     shards: tuple[int, int],
     tick: Callable[[float], None] | None,
 ) -> RunStats:
-    tenants = sum(stream.tenants for stream in trace.streams)
     plan = FleetPlan(
         workers=stats.workers,
         length_s=stats.length_s,
@@ -70,6 +67,5 @@ def _run(
         losses=losses,
         num_shards=shards[0],
         shards_per_tenant=shards[1],
-        by_tenant=tenants <= BY_TENANT_MOST,
     )
     return Fleet(plan, policy(stats.policy, trace, table), table, stats).run(coming, tick=tick)

@@ -33,6 +33,7 @@ from codeyard.worker.simulation.metrics import LaneStats, RunStats, Sample
 LEASE_S = 3.0  # a lost worker's jobs return after this
 DEPTH_POLL_S = 0.5  # a worker's idea of the broker's depth is this old at most
 SAMPLES = 100
+TENANTS_MOST = 32  # reported one by one
 _DEADLINE_S = 86_400.0
 _NO_PROMISE = Promise()
 
@@ -63,7 +64,6 @@ class FleetPlan:
     num_shards: int = 1  # of each lane
     shards_per_tenant: int = 1
     losses: tuple[Loss, ...] = ()
-    by_tenant: bool = False
 
 
 class _Worker:
@@ -203,6 +203,8 @@ class Fleet:
         self._waits.started(job.lane, now_s)
         waited_s = now_s - job.arrived_s
         self._stats.lanes[job.lane].wait.add(waited_s)
+        if (tenant := self._tenant(job)) is not None:
+            tenant.wait.add(waited_s)
         right = self._stats.calibration[job.lane]
         right[0] += abs(job.estimate_s - waited_s) <= max(0.25, 0.25 * waited_s)
         right[1] += 1
@@ -258,8 +260,8 @@ class Fleet:
         done_s = now_s + self._table.frontend_s
         promise = self._promises[job.lane]
         self._stats.lanes[job.lane].ended(job, done_s, promise)
-        if self._plan.by_tenant:
-            self._stats.tenants.setdefault(job.tenant, LaneStats()).ended(job, done_s, promise)
+        if (tenant := self._tenant(job)) is not None:
+            tenant.ended(job, done_s, promise)
         if job.lane is Lane.INTERACTIVE:
             self._urgent -= 1
         del worker.held[job.id]
@@ -383,8 +385,15 @@ class Fleet:
     def _judge_cut_off(self, job: SimJob, tokens: int, end_s: float) -> None:
         promise = self._promises[job.lane]
         self._stats.lanes[job.lane].cut_off(job, tokens, end_s, promise)
-        if self._plan.by_tenant:
-            self._stats.tenants.setdefault(job.tenant, LaneStats()).cut_off(job, tokens, end_s, promise)
+        if (tenant := self._tenant(job)) is not None:
+            tenant.cut_off(job, tokens, end_s, promise)
+
+    def _tenant(self, job: SimJob) -> LaneStats | None:
+        """Where the job's tenant is counted: one by one up to TENANTS_MOST, so that memory stays flat."""
+        tenants = self._stats.tenants
+        if job.tenant not in tenants and len(tenants) < TENANTS_MOST:
+            tenants[job.tenant] = LaneStats()
+        return tenants.get(job.tenant)
 
 
 _LANE_PLACE = {lane: place for place, lane in enumerate(Lane)}
