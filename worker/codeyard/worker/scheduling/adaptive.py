@@ -150,6 +150,7 @@ class AdaptiveScheduler:
             return
         job, tenants = run.job, self._lanes[run.job.lane]
         self._count[job.lane] -= 1
+        self._seen_s[job.lane] = now_s
         self._bulk.pop(job_id, None)
         unused = run.cost - job.prompt_tokens - COMPLETION_WEIGHT * run.tokens
         tenants.charge(job.tenant, -unused)
@@ -170,13 +171,15 @@ class AdaptiveScheduler:
             self._apart = False
         if self._apart:
             return Decision()
+        if not self._waiting():
+            return Decision()
         if len(self._suspects):
             return self._admit_suspects()
         limits = self._limits(backlog)
         preempt = self._preempt(limits)
         if self._full(load):
             return Decision(preempt=preempt)
-        if not self._continuous and self._waiting():
+        if not self._continuous:
             if self._running:
                 return Decision()
             left_s = self._linger_left(limits, backlog)
@@ -286,8 +289,10 @@ class AdaptiveScheduler:
         running = len(self._running) - len(self._preempting)
         if limits.promised and running > OVERSHOOT * limits.window:
             excess = running - limits.window
+        elif running >= limits.window:
+            excess = self._late() - len(self._preempting)
         else:
-            excess = self._late() - max(0, limits.window - running) - len(self._preempting)
+            return ()
         chosen = list(islice(reversed(self._bulk), max(0, min(excess, most))))
         if chosen:
             self._preempted_s = self._now_s
@@ -354,4 +359,4 @@ class AdaptiveScheduler:
         return self._since_s + self._settings.linger_s - self._now_s
 
     def _waiting(self) -> int:
-        return len(self._suspects) + sum(map(len, self._lanes.values()))
+        return len(self._suspects) + sum(map(len, self._in_hand_s.values()))

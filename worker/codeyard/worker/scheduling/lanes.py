@@ -29,7 +29,7 @@ class LaneTurns:
         """Work worth `cost` (any unit, always the same one) was admitted from this lane."""
         self._now = max(self._now, self._clock[lane])
         self._clock[lane] = self._now + cost / self._shares[lane]
-        for each in Lane:
+        for each in _URGENCY:
             self._recent[each] *= _FADE
         self._recent[lane] += cost
 
