@@ -104,10 +104,9 @@ class SqliteConsumer:
     async def stop(self) -> None:
         self._stopped = True
         self._woken.set()
-        if self._taking is not None:
+        if (taking := self._taking) is not None:
             with suppress(FileUnavailable):
-                self._arrived.extend(await self._taking.result(self._timeout_s))
-            self._taking = None
+                self._keep(taking, await taking.result(self._timeout_s))
         unseen = list(self._arrived)
         self._arrived.clear()
         if unseen:
@@ -149,7 +148,11 @@ class SqliteConsumer:
         except FileUnavailable:
             self._taking = None
             raise
-        if self._taking is taking:  # else `stop` has given back what it brought
+        self._keep(taking, arrived)
+
+    def _keep(self, taking: Call[list[Delivery]], arrived: Sequence[Delivery]) -> None:
+        """Once, although both `receive` and `stop` may have waited for it."""
+        if self._taking is taking:
             self._taking = None
             self._arrived.extend(arrived)
 
