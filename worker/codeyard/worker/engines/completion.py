@@ -68,9 +68,10 @@ class Completion:
         if not token_ids and self.room <= 0:
             self._finish("length")
 
-    def abort(self) -> None:
+    def end(self, reason: str) -> None:
+        """The engine says so: "abort", or an end of its own."""
         if self.finish_reason is None:
-            self._finish("abort")
+            self._finish(reason)
 
     def delta(self) -> Delta | None:
         """What is new since the last one; None if there is nothing to tell yet."""

@@ -4,62 +4,94 @@ For load tests, drills and capacity planning. It says what it is in its name and
 never chosen by itself. The answer is a function of the prompt (`simulated_completion`), so a drill can
 tell a wrong result from a right one.
 
-A latency table may name faults, by prompt prefix, so that tests reach them in a real worker process:
+A latency table may name faults, by prompt prefix, so that a drill reaches them in a real worker process:
 `"faults": {"!hang": "hang", "!die": "die", "!fail": "fail", "!exit": "exit"}`.
 """
 
 import asyncio
-import contextlib
 import hashlib
+import heapq
+import itertools
 import json
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from codeyard.shared.errors import EngineDead, JobFailed, JobRejected
-from codeyard.shared.job import JobId
+from codeyard.shared.errors import EngineDead, JobFailed, SettingsError
+from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
 from codeyard.worker.simulation.latency import load_table
 
+Fault = Literal["hang", "die", "fail", "exit"]
+"""hang: never a token. die: the engine, with all its jobs. fail: this job. exit: the whole process."""
+
 CONTEXT_TOKENS = 32_768
-CHARS_PER_TOKEN = 4
+MAX_COMPLETION = 131_072  # tokens a job may ask for
+CHARS_PER_TOKEN = 4  # of a prompt that is text
 MIN_TOKENS, SPREAD_TOKENS = 16, 240  # answers have 16 to 255 tokens unless max_tokens is less
-MIN_SLEEP_S = 0.001  # shorter steps are made up for in the next one
-WORDS = tuple(
-    f" {word}"
-    for word in (
-        *("def", "return", "self", "for", "in", "if", "not", "and", "or", "while", "x", "y", "z", "n", "i", "key"),
-        *("value", "items", "result", "list", "dict", "set", "str", "int", "float", "None", "True", "False", "yield"),
-        *("await", "async", "with", "as", "try", "except", "raise", "import", "from", "class", "lambda", "pass"),
-    )
+NAP_S = 0.001  # shorter sleeps are inexact: several steps are made at once instead
+LAG_S = 1.0  # of a process that was held up: time it does not try to make good
+EXIT_STATUS = 70
+END = 0  # the end-of-text token
+PRIORITY = {lane: place for place, lane in enumerate(Lane)}
+WORDS = (
+    "",  # END
+    *(" def", " return", " self", " for", " in", " if", " not", " and", " or", " while", " x", " y", " z", " n"),
+    *(" value", " items", " result", " list", " dict", " set", " str", " int", " float", " None", " True", " False"),
+    *(" await", " async", " with", " as", " try", " except", " raise", " import", " from", " class", " lambda"),
 )
 
 
-def simulated_completion(prompt: str | tuple[int, ...], max_tokens: int) -> tuple[str, tuple[int, ...], str]:
+def simulated_completion(
+    prompt: str | tuple[int, ...], max_tokens: int, *, stop: tuple[str, ...] = ()
+) -> tuple[str, tuple[int, ...], str]:
     """(text, token ids, finish reason) that the simulated engine gives for a prompt: always the same."""
-    seed = hashlib.sha256(json.dumps(prompt).encode()).digest()
-    length = MIN_TOKENS + int.from_bytes(seed[:2], "big") % SPREAD_TOKENS
-    token_ids = tuple((seed[n % 32] + n * seed[(n + 1) % 32]) % len(WORDS) for n in range(min(length, max_tokens)))
-    return _text(token_ids), token_ids, "stop" if length <= max_tokens else "length"
+    job = EngineJob("", prompt, Sampling(max_tokens=max_tokens, stop=stop), Lane.STANDARD, stream=False)
+    completion = _completion(job)
+    completion.push(_answer(prompt))
+    delta = completion.delta()
+    assert delta is not None
+    assert delta.finish_reason is not None
+    return delta.text, delta.token_ids, delta.finish_reason
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class _Run:
+    """One job inside the engine."""
+
     job: EngineJob
-    token_ids: tuple[int, ...]  # the whole answer
-    finish_reason: str
-    prompt_tokens: int
-    done: int  # tokens given, any prefix included
-    deltas: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
-    hangs: bool = False
+    completion: Completion
+    answer: tuple[int, ...]  # what is left of it
+    num_prompt: int  # tokens to prefill
+    hangs: bool  # holds its slot and never moves
+    joined_at: int | None = None  # step; None: waits for a slot
+    news: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+
+    def advance(self, step: int) -> None:
+        """Take the tokens of the steps made since it joined; hand over what is new."""
+        if self.joined_at is not None and not self.hangs:
+            have = len(self.completion.token_ids) - len(self.job.prefix_token_ids)
+            self.completion.push(self.answer[have : step - self.joined_at])
+
+    def tell(self) -> None:
+        if (delta := self.completion.delta()) is not None:
+            self.news.put_nowait(delta)
 
 
 class SimulatedEngine:
-    """See the module. `settings.time_scale` 0.1 is ten times faster than the table."""
+    """See the module. `settings.time_scale` 0.1 is ten times faster than the table.
 
-    def __init__(self, source: ModelSource, settings: EngineSettings) -> None:
+    One task makes the steps for all jobs. A job that does not stream costs nothing while it runs: a
+    heap knows the step at which each will have its last token.
+    """
+
+    def __init__(
+        self, source: ModelSource, settings: EngineSettings, *, fault: Callable[[EngineJob], Fault | None] | None = None
+    ) -> None:
         table = load_table(settings.latency_table)
         self.info = EngineInfo(
             name="simulated",
@@ -72,114 +104,183 @@ class SimulatedEngine:
         )
         self._table = table
         self._scale = settings.time_scale
-        self._faults = _faults(settings)
-        self._running: dict[JobId, _Running] = {}
-        self._prefill_tokens = 0
-        self._steps = 0
+        self._fault = fault or _table_faults(settings)
+        self._runs: dict[int, _Run] = {}  # by order of arrival
+        self._orders = itertools.count()
+        self._waiting: list[tuple[int, int]] = []  # heap: priority, order
+        self._ending: list[tuple[int, int]] = []  # heap: step of the last token, order; those who do not stream
+        self._streaming: dict[int, _Run] = {}
+        self._num_running = 0
+        self._num_hanging = 0
+        self._prefill_tokens = 0  # of prompts that have joined, not yet paid for
+        self._step = 0
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
-        self._dead = False
+        self._dead: EngineDead | None = None
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
-        if self._dead:
-            raise EngineDead("the simulated engine is closed")
-        prompt_tokens = len(job.prompt) if isinstance(job.prompt, tuple) else len(job.prompt) // CHARS_PER_TOKEN + 1
-        if prompt_tokens >= self.info.context_tokens:
-            text = f"the prompt has {prompt_tokens} tokens, the model takes {self.info.context_tokens}"
-            raise JobRejected("prompt_too_long", text)
+        if self._dead is not None:
+            raise self._dead
+        completion = _completion(job, self.info.context_tokens)
+        if (delta := completion.delta()) is not None:
+            yield delta  # it was complete with what an earlier run had generated
+            return
         fault = self._fault(job)
-        if fault == "fail":
-            raise JobFailed("a fault of the latency table: fail")
         if fault == "exit":
-            os._exit(70)
-        _, token_ids, reason = simulated_completion(job.prompt, job.sampling.max_tokens)
-        running = _Running(job, token_ids, reason, prompt_tokens, done=len(job.prefix_token_ids), hangs=fault == "hang")
-        self._running[job.id] = running
-        self._prefill_tokens += prompt_tokens + len(job.prefix_token_ids)
+            os._exit(EXIT_STATUS)
         if fault == "die":
-            await self.close(force=True)
-        elif self._driver is None:
-            self._driver = asyncio.create_task(self._drive(), name="simulated engine")
-        self._wake.set()
+            self._die(EngineDead("a simulated fault: die"))
+        if fault == "fail":
+            raise JobFailed("a simulated fault: fail")
+        if self._dead is not None:
+            raise self._dead
+        order, run = next(self._orders), _Run(job, completion, *_rest_of(job, completion.limit), hangs=fault == "hang")
+        self._enter(order, run)
         try:
             while True:
-                delta = await running.deltas.get()
-                if isinstance(delta, Exception):
-                    raise delta
-                yield delta
-                if delta.finish_reason is not None:
+                news = await run.news.get()
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+                if news.finish_reason is not None:
                     return
         finally:
-            if self._running.get(job.id) is running:
-                del self._running[job.id]
+            self._leave(order)
 
     async def abort(self, job_id: JobId) -> None:
-        if running := self._running.pop(job_id, None):
-            first = 0 if running.job.stream else len(running.job.prefix_token_ids)
-            ids = () if running.job.stream else running.token_ids[first : running.done]
-            running.deltas.put_nowait(Delta(_text(ids), ids, "abort", running.prompt_tokens))
+        for order, run in list(self._runs.items()):
+            if run.job.id == job_id:
+                run.advance(self._step)
+                run.completion.end("abort")
+                run.tell()
+                self._leave(order)
 
     def load(self) -> Load:
-        return Load(running=len(self._running), waiting=0, steps=self._steps)
+        return Load(running=self._num_running, waiting=len(self._runs) - self._num_running, steps=self._step)
 
     async def close(self, *, force: bool = False) -> None:
-        self._dead = True
-        for running in self._running.values():
-            running.deltas.put_nowait(EngineDead("the simulated engine was closed"))
-        self._running.clear()
+        self._die(EngineDead("the simulated engine was closed"))
         if self._driver is not None:
             self._driver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._driver
+            await asyncio.gather(self._driver, return_exceptions=True)
+
+    # Coming and going ------------------------------------------------------------------------------
+
+    def _enter(self, order: int, run: _Run) -> None:
+        self._runs[order] = run
+        heapq.heappush(self._waiting, (PRIORITY[run.job.lane], order))
+        if self._driver is None:
+            self._driver = asyncio.create_task(self._drive(), name="simulated engine")
+        self._wake.set()
+
+    def _join(self) -> None:
+        """Jobs that wait take the free slots, the urgent lanes first."""
+        while self._waiting and self._num_running < self.info.max_running:
+            _, order = heapq.heappop(self._waiting)
+            if (run := self._runs.get(order)) is None:
+                continue  # aborted while it waited
+            run.joined_at = self._step
+            self._num_running += 1
+            self._prefill_tokens += run.num_prompt
+            if run.hangs:
+                self._num_hanging += 1
+            elif run.job.stream:
+                self._streaming[order] = run
+            else:
+                heapq.heappush(self._ending, (self._step + len(run.answer), order))
+
+    def _leave(self, order: int) -> None:
+        run = self._runs.pop(order, None)
+        if run is not None and run.joined_at is not None:
+            self._num_running -= 1
+            self._num_hanging -= run.hangs
+            self._streaming.pop(order, None)
+            self._wake.set()
+
+    def _die(self, error: EngineDead) -> None:
+        self._dead = self._dead or error
+        for run in self._runs.values():
+            run.news.put_nowait(self._dead)
+        self._runs.clear()
+        self._streaming.clear()
+        self._num_running = self._num_hanging = 0
+
+    # Stepping --------------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
-        """One step after another, while anything runs."""
+        """One step after another while anything moves. `due_s` is when the next one is through."""
         loop = asyncio.get_running_loop()
         due_s = loop.time()
         while True:
-            moving = [running for running in self._running.values() if not running.hangs]
-            if not moving:
+            self._join()
+            num_moving = self._num_running - self._num_hanging
+            if not num_moving:
                 self._wake.clear()
                 await self._wake.wait()
-                due_s = loop.time()
+                due_s = max(due_s, loop.time())
                 continue
-            due_s = max(due_s, loop.time() - 1.0) + self._step_s(len(moving)) * self._scale
+            due_s = max(due_s, loop.time() - LAG_S) + self._step_s(num_moving) * self._scale
             ahead_s = due_s - loop.time()
-            await asyncio.sleep(ahead_s if ahead_s >= MIN_SLEEP_S else 0)
-            self._steps += 1
-            for running in moving:
-                if self._running.get(running.job.id) is running:
-                    self._give_token(running)
+            await asyncio.sleep(ahead_s if ahead_s >= NAP_S else 0)
+            self._step += 1
+            for order, run in list(self._streaming.items()):
+                self._move(order, run)
+            while self._ending and self._ending[0][0] <= self._step:
+                _, order = heapq.heappop(self._ending)
+                if (ended := self._runs.get(order)) is not None:
+                    self._move(order, ended)
 
-    def _step_s(self, num_running: int) -> float:
+    def _step_s(self, num_moving: int) -> float:
         prefill = min(self._prefill_tokens, self._table.step_tokens)
         self._prefill_tokens -= prefill
-        return self._table.decode_s[min(num_running, self._table.slots)] + self._table.prefill_s * prefill
+        return self._table.decode_s[min(num_moving, self._table.slots)] + self._table.prefill_s * prefill
 
-    def _give_token(self, running: _Running) -> None:
-        running.done = min(running.done + 1, len(running.token_ids))
-        last = running.done == len(running.token_ids)
-        if not last and not running.job.stream:
-            return
-        first = running.done - 1 if running.job.stream else len(running.job.prefix_token_ids)
-        ids = running.token_ids[first : running.done]
-        reason = running.finish_reason if last else None
-        running.deltas.put_nowait(Delta(_text(ids), ids, reason, running.prompt_tokens if last else 0))
-        if last:
-            del self._running[running.job.id]
+    def _move(self, order: int, run: _Run) -> None:
+        run.advance(self._step)
+        run.tell()
+        if run.completion.finish_reason is not None:
+            self._leave(order)
 
-    def _fault(self, job: EngineJob) -> str | None:
-        if isinstance(job.prompt, tuple):
+
+def _answer(prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+    seed = hashlib.sha256(json.dumps(prompt).encode()).digest()
+    length = MIN_TOKENS + int.from_bytes(seed[:2], "big") % SPREAD_TOKENS
+    words = (1 + (seed[n % 32] + n * seed[(n + 1) % 32]) % (len(WORDS) - 1) for n in range(length - 1))
+    return (*words, END)
+
+
+def _rest_of(job: EngineJob, limit: int) -> tuple[tuple[int, ...], int]:
+    """(token ids still to come, tokens to prefill)."""
+    _, token_ids, _ = simulated_completion(job.prompt, job.sampling.max_tokens, stop=job.sampling.stop)
+    return token_ids[len(job.prefix_token_ids) : limit], _num_tokens(job.prompt) + len(job.prefix_token_ids)
+
+
+def _completion(job: EngineJob, context_tokens: int = CONTEXT_TOKENS + MAX_COMPLETION) -> Completion:
+    """Raises JobRejected for a prompt over the context."""
+    stand_in = [END] * _num_tokens(job.prompt)
+    check_prompt(stand_in, vocabulary=len(WORDS), context_tokens=context_tokens)
+    return Completion(job, stand_in, _decode, ends=(END,), context_tokens=context_tokens)
+
+
+def _num_tokens(prompt: str | tuple[int, ...]) -> int:
+    return len(prompt) if isinstance(prompt, tuple) else len(prompt) // CHARS_PER_TOKEN + 1
+
+
+def _decode(token_ids: list[int]) -> str:
+    return "".join(WORDS[token] for token in token_ids)
+
+
+def _table_faults(settings: EngineSettings) -> Callable[[EngineJob], Fault | None]:
+    """Those the latency table names, by prompt prefix. Raises SettingsError for a kind that is none."""
+    faults: dict[str, Fault] = {}
+    if settings.latency_table is not None:
+        faults = json.loads(settings.latency_table.read_text()).get("faults", {})
+    if unknown := set(faults.values()) - set(get_args(Fault)):
+        raise SettingsError(f"latency table {settings.latency_table}: no such fault: {', '.join(map(str, unknown))}")
+
+    def fault(job: EngineJob) -> Fault | None:
+        if not isinstance(job.prompt, str):
             return None
-        return next((kind for prefix, kind in self._faults.items() if job.prompt.startswith(prefix)), None)
+        return next((kind for prefix, kind in faults.items() if job.prompt.startswith(prefix)), None)
 
-
-def _text(token_ids: tuple[int, ...]) -> str:
-    return "".join(WORDS[i] for i in token_ids)
-
-
-def _faults(settings: EngineSettings) -> Mapping[str, str]:
-    if settings.latency_table is None:
-        return {}
-    faults: dict[str, str] = json.loads(settings.latency_table.read_text()).get("faults", {})
-    return faults
+    return fault

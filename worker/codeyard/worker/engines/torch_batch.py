@@ -63,7 +63,7 @@ class TorchModel:
         completion = Completion(job, ids, self._decode, ends=self._ends, context_tokens=self.context_tokens)
         return Row(serial, ids, completion, RowSampling(job.sampling, self.device))
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is untyped here
     def run(self, rows: Sequence[Row], on_step: Callable[[Sequence[Row]], None]) -> None:
         """Generate until every row has ended. `on_step` hears of the rows after each pass over them,
         and may abort some. A row's tokens stay its own if this raises: it can be run again."""

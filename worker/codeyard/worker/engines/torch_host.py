@@ -107,7 +107,7 @@ class Host:
         for row in rows:
             if row.serial in self.aborted:
                 self.aborted.discard(row.serial)
-                row.completion.abort()
+                row.completion.end("abort")
             if (delta := row.completion.delta()) is not None:
                 deltas.append(
                     {
