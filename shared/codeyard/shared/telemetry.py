@@ -34,7 +34,8 @@ from prometheus_client import (
 
 LogFormat = Literal["text", "json"]
 
-QUIET_LIBRARIES = ("aio_pika", "aiormq", "asyncio", "pika", "uvicorn", "httpx", "httpcore", "urllib3", "filelock")
+ECHOING_LIBRARIES = ("aiormq",)  # logs a traceback for each lost link, besides raising it: our adapters say it in one line
+QUIET_LIBRARIES = ("aio_pika", "asyncio", "pika", "uvicorn", "httpx", "httpcore", "urllib3", "filelock")
 REDACTED_FIELDS = frozenset(
     {"prompt", "completion", "text", "token_ids", "body", "password", "authorization", "api_key", "secret"}
 )
@@ -58,6 +59,8 @@ def configure_logging(level: str = "INFO", format: LogFormat = "text", *, stream
     root.setLevel(level)
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.WARNING)
+    for name in ECHOING_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.NOTSET if level == "DEBUG" else logging.CRITICAL)
 
 
 @contextlib.contextmanager
