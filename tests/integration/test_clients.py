@@ -4,12 +4,16 @@ import asyncio
 import os
 import threading
 import traceback
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
 
+import aio_pika
 import pytest
-from support.fleet import worker_process, worker_task
+from support.fleet import Backend, fleet_settings, worker_process, worker_task
 from support.proxy import TcpProxy
 
-from codeyard.producer import AsyncClient, Client, Submission
+from codeyard.producer import AsyncClient, AsyncJob, Client, Submission
 from codeyard.shared.connect import open_broker
 from codeyard.shared.errors import (
     BrokerUnavailable,
@@ -30,13 +34,13 @@ from codeyard.worker.engines.simulated import simulated_completion
 pytestmark = pytest.mark.timeout(90)
 
 
-async def declared(backend) -> None:
+async def declared(backend: Backend) -> None:
     """A worker was there once: alias and queues exist, nobody consumes."""
     async with worker_task(backend.settings()):
         pass
 
 
-async def test_two_clients_with_one_key_share_one_job(backend) -> None:
+async def test_two_clients_with_one_key_share_one_job(backend: Backend) -> None:
     """Two replicas of a service may both retry the same request."""
     await declared(backend)
     async with backend.client() as one, backend.client() as other:
@@ -47,7 +51,7 @@ async def test_two_clients_with_one_key_share_one_job(backend) -> None:
     assert (first.attached, second.attached) == (False, True)
 
 
-async def test_the_same_key_with_another_body_is_a_conflict_and_changes_nothing(backend) -> None:
+async def test_the_same_key_with_another_body_is_a_conflict_and_changes_nothing(backend: Backend) -> None:
     """A key that is reused by mistake must not replay somebody else's answer."""
     await declared(backend)
     async with backend.client() as client:
@@ -61,7 +65,7 @@ async def test_the_same_key_with_another_body_is_a_conflict_and_changes_nothing(
         assert (await first.status()).state is State.QUEUED
 
 
-async def test_fifty_concurrent_submits_of_one_key_make_one_job(backend) -> None:
+async def test_fifty_concurrent_submits_of_one_key_make_one_job(backend: Backend) -> None:
     """However they interleave, one record and one result."""
     async with worker_task(backend.settings()), backend.client() as one, backend.client() as other:
         clients = [one, other] * 25
@@ -73,7 +77,7 @@ async def test_fifty_concurrent_submits_of_one_key_make_one_job(backend) -> None
     assert {result.text for result in results} == {simulated_completion("def once():", 128)[0]}
 
 
-async def test_two_thousand_jobs_are_submitted_in_one_call_with_one_outcome_each(backend) -> None:
+async def test_two_thousand_jobs_are_submitted_in_one_call_with_one_outcome_each(backend: Backend) -> None:
     """A bad one among them fails alone."""
     await declared(backend)
     group = [Submission(f"def f{n}():", lane=Lane.BULK) for n in range(2_000)]
@@ -88,7 +92,7 @@ async def test_two_thousand_jobs_are_submitted_in_one_call_with_one_outcome_each
     assert sum(not isinstance(one, FleetError) for one in outcomes) == 1_998
 
 
-async def test_invalid_jobs_name_the_field(embedded) -> None:
+async def test_invalid_jobs_name_the_field(embedded: Backend) -> None:
     """The caller must see what to mend."""
     await declared(embedded)
     async with embedded.client() as client:
@@ -102,7 +106,7 @@ async def test_invalid_jobs_name_the_field(embedded) -> None:
             await client.submit("x" * 2_000_000)
 
 
-async def test_a_result_that_is_not_there_in_time_says_so_and_the_job_goes_on(embedded) -> None:
+async def test_a_result_that_is_not_there_in_time_says_so_and_the_job_goes_on(embedded: Backend) -> None:
     """A timeout of the caller is not the end of the job."""
     await declared(embedded)
     async with embedded.client() as client:
@@ -115,7 +119,7 @@ async def test_a_result_that_is_not_there_in_time_says_so_and_the_job_goes_on(em
             await client.status(new_job_id())
 
 
-async def test_a_full_queue_tells_the_submitter_and_takes_the_job_when_there_is_room(backend) -> None:
+async def test_a_full_queue_tells_the_submitter_and_takes_the_job_when_there_is_room(backend: Backend) -> None:
     """Back-pressure reaches the caller; the same key succeeds later."""
     small = {"broker": {"url": backend.broker_url, "queue_max_length": 3}}
     settings = backend.settings(**small)
@@ -132,7 +136,7 @@ async def test_a_full_queue_tells_the_submitter_and_takes_the_job_when_there_is_
             assert (await late.result(timeout=20)).state is State.SUCCEEDED
 
 
-async def _outcome(client: AsyncClient, n: int):
+async def _outcome(client: AsyncClient, n: int) -> AsyncJob | QueueFull:
     try:
         return await client.submit(f"def f{n}():", idempotency_key=f"k{n}")
     except QueueFull as full:
@@ -140,14 +144,12 @@ async def _outcome(client: AsyncClient, n: int):
 
 
 @pytest.mark.services
-async def test_a_broker_that_is_away_is_named_within_the_deadline(rabbitmq_url, redis_url, tmp_path, namespace) -> None:
+async def test_a_broker_that_is_away_is_named_within_the_deadline(
+    rabbitmq_url: str, redis_url: str, tmp_path: Path, namespace: str
+) -> None:
     """Not a hang, not a bare socket error; and the same key works when the broker is back."""
-    from urllib.parse import urlsplit
-
-    from support.fleet import fleet_settings
-
     parts = urlsplit(rabbitmq_url)
-    async with TcpProxy(parts.hostname, parts.port or 5672) as proxy:
+    async with TcpProxy(str(parts.hostname), parts.port or 5672) as proxy:
         through = rabbitmq_url.replace(f"{parts.hostname}:{parts.port}", f"127.0.0.1:{proxy.port}")
         settings = fleet_settings(tmp_path, through, redis_url, namespace)
         direct = fleet_settings(tmp_path, rabbitmq_url, redis_url, namespace)
@@ -169,7 +171,7 @@ async def test_a_broker_that_is_away_is_named_within_the_deadline(rabbitmq_url, 
     assert result.state is State.SUCCEEDED
 
 
-async def _until_accepted(client: AsyncClient):
+async def _until_accepted(client: AsyncClient) -> AsyncJob:
     """As the error's text tells a caller: again, with the same key."""
     async with asyncio.timeout(30):
         while True:
@@ -179,7 +181,7 @@ async def _until_accepted(client: AsyncClient):
                 continue
 
 
-def _with_worker(backend, use) -> None:
+def _with_worker(backend: Backend, use: Callable[[], None]) -> None:
     """Run a blocking `use` while a worker serves in a thread of its own."""
 
     async def main() -> None:
@@ -189,7 +191,7 @@ def _with_worker(backend, use) -> None:
     asyncio.run(main())
 
 
-def test_the_blocking_client_submits_streams_and_reads_back(backend) -> None:
+def test_the_blocking_client_submits_streams_and_reads_back(backend: Backend) -> None:
     """The README's example."""
 
     def use() -> None:
@@ -198,17 +200,18 @@ def test_the_blocking_client_submits_streams_and_reads_back(backend) -> None:
             events = list(job.stream())
             assert "".join(event.text for event in events) == simulated_completion("def f():", 128)[0]
             assert events[-1].kind is EventKind.END
-            assert job.result().text == job.status().result.text
+            assert job.result() == job.status().result
             assert client.submit("def f():", idempotency_key="k").attached
             assert client.recent(5)[0].id == job.id
             outcomes = client.submit_many([Submission(f"def g{n}():") for n in range(300)])
-            assert not [one for one in outcomes if isinstance(one, FleetError)]
-            assert outcomes[299].result(timeout=30).state is State.SUCCEEDED
+            jobs = [one for one in outcomes if not isinstance(one, FleetError)]
+            assert len(jobs) == 300
+            assert jobs[299].result(timeout=30).state is State.SUCCEEDED
 
     _with_worker(backend, use)
 
 
-def test_eight_threads_share_one_blocking_client(backend) -> None:
+def test_eight_threads_share_one_blocking_client(backend: Backend) -> None:
     """A threaded web server has one client and many requests."""
 
     def use() -> None:
@@ -232,7 +235,7 @@ def test_eight_threads_share_one_blocking_client(backend) -> None:
 
 
 @pytest.mark.process
-def test_a_forked_child_gets_connections_of_its_own_and_the_parents_still_work(backend) -> None:
+def test_a_forked_child_gets_connections_of_its_own_and_the_parents_still_work(backend: Backend) -> None:
     """Gunicorn and Celery fork after the application was loaded, and after it was used."""
     with worker_process(backend.settings(), backend.folder), Client(settings=backend.settings()) as client:
         assert client.submit("def parent():").result(timeout=20).state is State.SUCCEEDED
@@ -251,11 +254,10 @@ def test_a_forked_child_gets_connections_of_its_own_and_the_parents_still_work(b
 
 
 @pytest.mark.services
-async def test_jobs_of_a_purged_queue_are_published_again(rabbitmq_url, redis_url, tmp_path, namespace) -> None:
+async def test_jobs_of_a_purged_queue_are_published_again(
+    rabbitmq_url: str, redis_url: str, tmp_path: Path, namespace: str
+) -> None:
     """An operator's purge loses messages, not accepted jobs."""
-    import aio_pika
-    from support.fleet import fleet_settings
-
     settings = fleet_settings(tmp_path, rabbitmq_url, redis_url, namespace, store={"queue_check_s": 0.2})
     async with worker_task(settings):
         pass

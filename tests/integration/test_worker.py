@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from support.fleet import first_token, worker_task
+from support.fleet import Backend, first_token, worker_task
 
 from codeyard.producer import AsyncClient, Submission
 from codeyard.shared.connect import open_broker
@@ -31,7 +31,7 @@ async def dead_letters(settings: Settings, count: int) -> dict[str, dict[str, ob
     """The headers of `count` dead letters by message id."""
     topology = Topology(settings.namespace)
     broker = await open_broker(settings.broker, topology)
-    found = {}
+    found: dict[str, dict[str, object]] = {}
     try:
         consumer = await broker.consume({topology.dead_queue: 10})
         while len(found) < count:
@@ -45,7 +45,7 @@ async def dead_letters(settings: Settings, count: int) -> dict[str, dict[str, ob
     return found
 
 
-async def test_a_job_succeeds_with_the_text_that_was_streamed(backend) -> None:
+async def test_a_job_succeeds_with_the_text_that_was_streamed(backend: Backend) -> None:
     """The stream and the result are two views of one thing."""
     prompt = "def add(a, b):"
     async with worker_task(backend.settings()), backend.client() as client:
@@ -64,7 +64,7 @@ async def test_a_job_succeeds_with_the_text_that_was_streamed(backend) -> None:
     assert events[-1].kind is EventKind.END
 
 
-async def test_three_hundred_jobs_of_all_lanes_each_get_their_own_answer(backend) -> None:
+async def test_three_hundred_jobs_of_all_lanes_each_get_their_own_answer(backend: Backend) -> None:
     """Batches, groups and settling mix many jobs; no result may end up under another id."""
     prompts = [f"def job_{n}():" for n in range(300)]
     lanes = [list(Lane)[n % 3] for n in range(300)]
@@ -80,7 +80,7 @@ async def test_three_hundred_jobs_of_all_lanes_each_get_their_own_answer(backend
     assert [result.text for result in results] == [simulated_completion(prompt, 20)[0] for prompt in prompts]
 
 
-async def test_the_same_key_attaches_and_replays_the_same_result(backend) -> None:
+async def test_the_same_key_attaches_and_replays_the_same_result(backend: Backend) -> None:
     """A caller that retries must get the job it has, not a second one."""
     async with worker_task(backend.settings()), backend.client() as client:
         first = await client.submit("def once():", idempotency_key="once")
@@ -92,7 +92,7 @@ async def test_the_same_key_attaches_and_replays_the_same_result(backend) -> Non
         assert second.accepted_status.result == result
 
 
-async def test_a_prompt_that_is_too_long_fails_and_is_dead_lettered_with_the_reason(backend) -> None:
+async def test_a_prompt_that_is_too_long_fails_and_is_dead_lettered_with_the_reason(backend: Backend) -> None:
     """It can never succeed, so it is not retried; and the dead-letter queue says why."""
     settings = backend.settings(engine={"max_model_len": 64})
     async with worker_task(settings), backend.client() as client:
@@ -107,7 +107,7 @@ async def test_a_prompt_that_is_too_long_fails_and_is_dead_lettered_with_the_rea
     assert json.loads(str(dead[job.id]["history"]))[0]["attempt"] == 1
 
 
-async def test_a_job_that_fails_in_the_engine_is_tried_again_through_a_delay_queue(backend) -> None:
+async def test_a_job_that_fails_in_the_engine_is_tried_again_through_a_delay_queue(backend: Backend) -> None:
     """Two attempts, then failed: attempts are counted in the record and end."""
     settings = backend.settings(worker={"max_attempts": 2})
     async with worker_task(settings), backend.client() as client:
@@ -120,7 +120,7 @@ async def test_a_job_that_fails_in_the_engine_is_tried_again_through_a_delay_que
     assert result.error.code == "engine_error"
 
 
-async def test_a_running_job_is_cancelled_within_a_renewal(backend) -> None:
+async def test_a_running_job_is_cancelled_within_a_renewal(backend: Backend) -> None:
     """The tokens it showed before stay; the state is cancelled."""
     async with worker_task(backend.settings(engine={"time_scale": 5.0})), backend.client() as client:
         job = await client.submit(endless_prompt(), stream=True, sampling=LONG)
@@ -134,7 +134,7 @@ async def test_a_running_job_is_cancelled_within_a_renewal(backend) -> None:
     assert 0 < result.usage.completion_tokens < 250
 
 
-async def test_a_queued_job_is_cancelled_at_once(backend) -> None:
+async def test_a_queued_job_is_cancelled_at_once(backend: Backend) -> None:
     """Nobody has it, so nobody needs to be asked."""
     async with worker_task(backend.settings()):
         pass  # the queues are declared, and nobody consumes
@@ -145,7 +145,7 @@ async def test_a_queued_job_is_cancelled_at_once(backend) -> None:
         assert (await job.status()).state is State.CANCELLED
 
 
-async def test_a_job_past_its_deadline_in_the_queue_expires(backend) -> None:
+async def test_a_job_past_its_deadline_in_the_queue_expires(backend: Backend) -> None:
     """The worker that comes late must not run it."""
     async with worker_task(backend.settings()):
         pass
@@ -158,7 +158,7 @@ async def test_a_job_past_its_deadline_in_the_queue_expires(backend) -> None:
     assert result.usage.completion_tokens == 0
 
 
-async def test_a_job_past_its_deadline_in_the_engine_is_aborted_and_expires(backend) -> None:
+async def test_a_job_past_its_deadline_in_the_engine_is_aborted_and_expires(backend: Backend) -> None:
     """Nobody waits for it any more, so its slot goes to others."""
     async with worker_task(backend.settings(engine={"time_scale": 20.0})), backend.client() as client:
         job = await client.submit(endless_prompt(), timeout_s=1.0, sampling=LONG)
@@ -169,7 +169,7 @@ async def test_a_job_past_its_deadline_in_the_engine_is_aborted_and_expires(back
     assert result.error.code == "deadline_exceeded"
 
 
-async def test_a_hung_engine_is_replaced_and_its_neighbours_complete(embedded) -> None:
+async def test_a_hung_engine_is_replaced_and_its_neighbours_complete(embedded: Backend) -> None:
     """No token for stall_s: closed by force, started again; the job that hangs ends alone as poison."""
     async with worker_task(embedded.settings()), embedded.client() as client:
         hanging = await client.submit("!hang for ever")
@@ -183,7 +183,7 @@ async def test_a_hung_engine_is_replaced_and_its_neighbours_complete(embedded) -
     assert hung.error.code == "poison"
 
 
-async def test_a_job_that_kills_the_engine_is_isolated_while_its_neighbours_complete(embedded) -> None:
+async def test_a_job_that_kills_the_engine_is_isolated_while_its_neighbours_complete(embedded: Backend) -> None:
     """One bad job must not take the others along, however often it comes back."""
     async with worker_task(embedded.settings()), embedded.client() as client:
         neighbours = [await client.submit(f"def neighbour_{n}():") for n in range(6)]
@@ -197,7 +197,7 @@ async def test_a_job_that_kills_the_engine_is_isolated_while_its_neighbours_comp
     assert killed.error.code == "poison"
 
 
-async def test_a_seeded_job_that_was_streamed_starts_over_behind_a_restarted_event(embedded) -> None:
+async def test_a_seeded_job_that_was_streamed_starts_over_behind_a_restarted_event(embedded: Backend) -> None:
     """It cannot be continued exactly, so readers are told to drop what they have."""
     async with worker_task(embedded.settings()), embedded.client() as client:
         seeded = await client.submit(

@@ -4,7 +4,7 @@ import asyncio
 import signal
 
 import pytest
-from support.fleet import WorkerProcess, first_token, worker_task
+from support.fleet import Backend, WorkerProcess, first_token, worker_task
 
 from codeyard.producer import Submission
 from codeyard.shared.errors import FleetError
@@ -14,7 +14,7 @@ from codeyard.worker.engines.simulated import simulated_completion
 pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 
 
-async def test_kill_minus_9_in_the_middle_of_a_batch_loses_nothing(backend) -> None:
+async def test_kill_minus_9_in_the_middle_of_a_batch_loses_nothing(backend: Backend) -> None:
     """Every accepted job ends with its one right result, on another worker if need be."""
     slow = backend.settings(engine={"time_scale": 2.0})
     worker = WorkerProcess(slow, backend.folder)
@@ -40,7 +40,7 @@ async def test_kill_minus_9_in_the_middle_of_a_batch_loses_nothing(backend) -> N
         assert events[-1].kind is EventKind.END
 
 
-async def test_a_streamed_job_goes_on_from_its_tokens_after_its_worker_was_killed(backend) -> None:
+async def test_a_streamed_job_goes_on_from_its_tokens_after_its_worker_was_killed(backend: Backend) -> None:
     """What readers saw stays true: no restart, no gap, and usage is counted once."""
     prompt = next(p for p in (f"def long_{n}():" for n in range(10_000)) if len(simulated_completion(p, 250)[1]) == 250)
     worker = WorkerProcess(backend.settings(engine={"time_scale": 4.0}), backend.folder)
@@ -64,7 +64,7 @@ async def test_a_streamed_job_goes_on_from_its_tokens_after_its_worker_was_kille
     assert result.usage.completion_tokens == 250
 
 
-async def test_sigterm_lets_running_jobs_finish_and_hands_waiting_ones_back(backend) -> None:
+async def test_sigterm_lets_running_jobs_finish_and_hands_waiting_ones_back(backend: Backend) -> None:
     """A rolling restart costs no job an attempt and leaves nothing half done."""
     settings = backend.settings(engine={"time_scale": 1.0, "max_running": 2}, admission={"policy": "fixed"})
     worker = WorkerProcess(settings, backend.folder)
@@ -90,7 +90,7 @@ async def test_sigterm_lets_running_jobs_finish_and_hands_waiting_ones_back(back
     assert set(attempts) == {1}
 
 
-async def test_a_worker_frozen_past_its_lease_loses_its_jobs_and_does_no_harm_when_it_wakes(backend) -> None:
+async def test_a_worker_frozen_past_its_lease_loses_its_jobs_and_does_no_harm_when_it_wakes(backend: Backend) -> None:
     """Its late commit carries an old fence and is refused: one result, from the one that took over."""
     slow = backend.settings(engine={"time_scale": 3.0})
     worker = WorkerProcess(slow, backend.folder)

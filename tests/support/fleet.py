@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ def fleet_settings(folder: Path, broker_url: str, store_url: str, namespace: str
     store = {"url": store_url, "lease_s": 1.0, "renew_s": 0.2, "grace_s": 0.2, **groups.pop("store", {})}
     overrides = {"namespace": namespace, "broker": {"url": broker_url}, "store": store, "worker": worker}
     return load(None, {**overrides, "engine": engine, **groups})
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a fleet of this test lives. `settings` and `client` make what belongs to it."""
+
+    folder: Path
+    broker_url: str
+    store_url: str
+    namespace: str
+
+    def settings(self, **groups: dict[str, Any]) -> Settings:
+        return fleet_settings(self.folder, self.broker_url, self.store_url, self.namespace, **groups)
+
+    def client(self) -> AsyncClient:
+        return AsyncClient(settings=self.settings(), timeout_s=10)
 
 
 @contextlib.asynccontextmanager

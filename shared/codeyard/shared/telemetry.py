@@ -34,7 +34,8 @@ from prometheus_client import (
 
 LogFormat = Literal["text", "json"]
 
-ECHOING_LIBRARIES = ("aiormq",)  # logs a traceback for each lost link, besides raising it: our adapters say it in one line
+# It logs a traceback for each lost link besides raising it; our adapters say it in one line.
+ECHOING_LIBRARIES = ("aiormq",)
 QUIET_LIBRARIES = ("aio_pika", "asyncio", "pika", "uvicorn", "httpx", "httpcore", "urllib3", "filelock")
 REDACTED_FIELDS = frozenset(
     {"prompt", "completion", "text", "token_ids", "body", "password", "authorization", "api_key", "secret"}
