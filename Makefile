@@ -51,7 +51,7 @@ load-locust: env-dev ## a load run with Locust on a `codeyard up` of its own; LO
 	$(BIN)/python loadtest/run.py locust --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
 
 load-jmeter: env-dev ## the same flow with JMeter, installed from Debian's package where missing
-	@infra/local/install-packages.sh java=default-jre-headless jmeter=jmeter
+	@infra/local/install-packages.sh java=default-jre-headless jmeter=jmeter /usr/share/jmeter/lib/ext/ApacheJMeter_http.jar=jmeter-http
 	$(BIN)/python loadtest/run.py jmeter --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
 
 clean: ## remove the environment, caches and load reports

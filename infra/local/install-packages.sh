@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install Debian packages whose programs are missing, without starting a service.
 #
-#   install-packages.sh PROGRAM=PACKAGE...        e.g. redis-server=redis-server
+#   install-packages.sh PROGRAM=PACKAGE...        e.g. redis-server=redis-server; a path will do too
 #
 # Without root it says what is missing and succeeds: the tests then skip what needs it, or fail where CI is
 # set. A server that already runs is not touched: its package is there, so nothing is installed for it.
@@ -10,7 +10,7 @@ set -eu
 PATH="$PATH:/usr/sbin:/sbin"
 missing=""
 for pair in "$@"; do
-    command -v "${pair%%=*}" >/dev/null 2>&1 || missing="$missing ${pair#*=}"
+    command -v "${pair%%=*}" >/dev/null 2>&1 || [ -e "${pair%%=*}" ] || missing="$missing ${pair#*=}"
 done
 if [ -z "$missing" ]; then
     exit 0
