@@ -19,9 +19,9 @@ from codeyard.shared.errors import SettingsError
 from codeyard.worker.simulation.calibrate import calibrate
 from codeyard.worker.simulation.checks import Check, calibration, flood, greedy
 from codeyard.worker.simulation.compare import simulate_one, simulate_replay
-from codeyard.worker.simulation.fleet import Loss
 from codeyard.worker.simulation.latency import LatencyTable, load_table
 from codeyard.worker.simulation.metrics import RunStats
+from codeyard.worker.simulation.plan import Loss
 from codeyard.worker.simulation.policies import OURS, known_policies
 from codeyard.worker.simulation.report import (
     as_markdown,

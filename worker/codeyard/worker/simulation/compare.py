@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 
 from codeyard.worker.simulation.engine import SimJob
-from codeyard.worker.simulation.fleet import Fleet, FleetPlan, Loss
+from codeyard.worker.simulation.fleet import Fleet
 from codeyard.worker.simulation.latency import LatencyTable
 from codeyard.worker.simulation.metrics import RunStats
+from codeyard.worker.simulation.plan import FleetPlan, Loss
 from codeyard.worker.simulation.policies import policy
 from codeyard.worker.simulation.traces import Trace, arrivals, run_length_s
 

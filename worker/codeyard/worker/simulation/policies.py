@@ -12,8 +12,8 @@ from codeyard.worker.scheduling.select import make_scheduler
 from codeyard.worker.scheduling.straight import UNBOUNDED, Straight
 from codeyard.worker.scheduling.weighted import WeightedLanes
 from codeyard.worker.simulation.aimd import Aimd
-from codeyard.worker.simulation.fleet import Policy
 from codeyard.worker.simulation.latency import LatencyTable
+from codeyard.worker.simulation.plan import Policy
 from codeyard.worker.simulation.traces import Trace
 
 OURS = "adaptive"

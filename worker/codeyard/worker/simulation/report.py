@@ -153,7 +153,7 @@ def lane_table(runs: Sequence[RunStats], *, tenants: bool = False) -> Table:
     for run in runs:
         groups = sorted(run.tenants.items()) if tenants else [(lane.value, run.lanes[lane]) for lane in Lane]
         for name, stats in groups:
-            if stats.arrived or stats.finished:
+            if stats.arrived:
                 table.add_row(
                     *_run_names(run),
                     name,
