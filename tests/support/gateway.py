@@ -100,6 +100,30 @@ class GatewayUnderTest:
         return 0.0
 
 
+@contextlib.asynccontextmanager
+async def working(gateway: GatewayUnderTest, *pieces: str) -> AsyncIterator[None]:
+    """A worker that answers every job with these pieces."""
+    topology = Topology(gateway.settings.namespace)
+    consumer = await gateway.broker.consume({topology.job_queue(REVISION, lane): 8 for lane in Lane})
+
+    async def work() -> None:
+        while True:
+            deliveries = await consumer.receive(8)
+            for delivery in deliveries:
+                job = await gateway.claimed(delivery.message_id)
+                await job.says(*pieces)
+                await job.succeeds()
+            await consumer.ack(deliveries)
+
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await consumer.close()
+
+
 def settings_for(broker_url: str, store_url: str, namespace: str, **gateway: Any) -> Settings:
     """A long lease: the test is the worker, and renews nothing."""
     return Settings(

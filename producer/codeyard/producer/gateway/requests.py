@@ -7,6 +7,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -165,12 +166,13 @@ async def _read_body(request: Request, most: int) -> bytes:
     """At most `most` bytes, counted as they come: Content-Length is what the caller says, not what it sends."""
     declared = request.headers.get("content-length", "")
     body = bytearray()
+    chunks = request.stream()
     try:
         async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
+            async for chunk in chunks:
                 body += chunk
                 if len(body) > most or (declared.isdigit() and int(declared[:20]) > most):
-                    await _discard(request, most * DISCARD_LIMITS)
+                    await _discard(chunks, most * DISCARD_LIMITS)
                     detail = f"the body is over the limit of {most} bytes"
                     raise Refused("too-large", detail, headers={"Connection": "close"}, field="body")
     except TimeoutError:
@@ -179,10 +181,10 @@ async def _read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-async def _discard(request: Request, most: int) -> None:
+async def _discard(chunks: AsyncIterator[bytes], most: int) -> None:
     try:
         async with asyncio.timeout(DISCARD_S):
-            async for chunk in request.stream():
+            async for chunk in chunks:
                 most -= len(chunk)
                 if most < 0:
                     return
