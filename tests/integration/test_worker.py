@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from support.fleet import Backend, first_token, worker_task
 
 from codeyard.producer import AsyncClient, Submission
+from codeyard.shared.broker.port import Message, PublishOutcome
 from codeyard.shared.connect import open_broker
 from codeyard.shared.errors import FleetError
 from codeyard.shared.job import Lane
@@ -14,6 +17,9 @@ from codeyard.shared.record import EventKind, State
 from codeyard.shared.settings import Settings
 from codeyard.shared.store.port import CancelVerdict
 from codeyard.shared.topology import Topology
+from codeyard.worker import runner, service
+from codeyard.worker.engines import select
+from codeyard.worker.engines.port import Delta, Engine, EngineInfo, EngineJob, Load
 from codeyard.worker.engines.simulated import simulated_completion
 
 pytestmark = pytest.mark.timeout(90)
@@ -221,3 +227,65 @@ async def test_a_client_that_is_not_open_says_so() -> None:
     client = AsyncClient("sqlite:///unused.db", "sqlite:///unused.db")
     with pytest.raises(FleetError, match="not open"):
         await client.submit("def f():")
+
+
+class StuckEngine:
+    """Takes jobs, gives nothing, and ignores being aborted and closed."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info = info
+
+    async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
+        await asyncio.Event().wait()
+        yield Delta("", ())
+
+    async def abort(self, job_id: str) -> None:
+        raise RuntimeError("it does not even abort")
+
+    def load(self) -> Load:
+        return Load(running=1, waiting=0)
+
+    async def close(self, *, force: bool = False) -> None:
+        pass
+
+
+async def test_an_engine_that_ignores_its_own_closing_is_left_behind(
+    embedded: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs must not hang with it: their tasks are cancelled, and they run on the next engine."""
+    real = select.start_engine
+    started: list[Engine] = []
+
+    async def start(*arguments: Any) -> Engine:
+        engine: Engine = await real(*arguments)
+        started.append(engine)
+        return StuckEngine(engine.info) if len(started) == 1 else engine
+
+    monkeypatch.setattr(service, "start_engine", start)
+    monkeypatch.setattr(runner, "FORCE_CLOSE_S", 0.2)
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        jobs = [await client.submit(f"def job_{n}():") for n in range(4)]
+        await jobs[0].cancel()
+        results = await asyncio.gather(*[job.result(timeout=40) for job in jobs])
+
+    assert len(started) >= 2
+    assert results[0].state is State.CANCELLED
+    assert {result.state for result in results[1:]} == {State.SUCCEEDED}
+
+
+async def test_a_malformed_message_is_dead_lettered_with_the_reason_and_the_worker_goes_on(backend: Backend) -> None:
+    """A queue is open to every publisher; one broken message must not stop the others."""
+    settings = backend.settings()
+    async with worker_task(settings), backend.client() as client:
+        good = await client.submit("def good():")
+        queue = client.topology.job_queue(good.accepted_status.revision, Lane.STANDARD)
+        bad = [Message(queue, f"bad-{n}", body, {}) for n, body in enumerate((b"", b"not json", b"{}", b"\xff\xfe"))]
+        assert set(await client.publisher.publish(bad, timeout_s=10)) == {PublishOutcome.CONFIRMED}
+        after = await client.submit("def after():")
+
+        dead = await dead_letters(settings, 4)
+        assert (await good.result(timeout=20)).state is State.SUCCEEDED
+        assert (await after.result(timeout=20)).state is State.SUCCEEDED
+
+    assert {headers["reason"] for headers in dead.values()} == {"malformed"}
+    assert all(headers["error"] for headers in dead.values())

@@ -63,12 +63,13 @@ async def execute(
                         if delta.finish_reason is not None:
                             finish_reason, prompt_tokens = delta.finish_reason, delta.prompt_tokens
     except asyncio.CancelledError:
-        if held.stop_reason != "engine died":
+        if not held.abandoned:
             raise
         error = EngineDead("it did not end its jobs when it was closed")
     except Exception as raised:
         # The edge of a job: whatever an engine throws ends this job, not the worker.
-        error = raised
+        early = isinstance(raised, TimeoutError) and time.monotonic() < held.deadline_s
+        error = JobFailed("the engine timed out") if early else raised
     result = Result(
         state=State.SUCCEEDED,
         text=held.log.text,

@@ -83,6 +83,7 @@ class HeldJob:
     alone: bool = False  # runs by itself under this fence, as the store knows
     alone_crashes: int = 0  # engines that died under it while it ran alone, in this process
     stop_reason: str | None = None  # why it was told to stop: cancelled, lost, preempted, drained
+    abandoned: bool = False  # its engine died without ending it, so its task was cancelled
 
     @classmethod
     def of(cls, envelope: Envelope, delivery: Delivery, claimed: Claimed, now_s: float) -> "HeldJob":

@@ -63,7 +63,7 @@ class Intake:
         """Until cancelled. A group is taken whole: cancellation between its steps only repeats work."""
         async with asyncio.TaskGroup() as holds:  # parents of arrivals that wait for another's lease
             while True:
-                deliveries = await self._consumer.receive(MAX_GROUP)
+                deliveries = await persist(lambda: self._consumer.receive(MAX_GROUP))
                 arrivals = await self._decode(deliveries)
                 if arrivals:
                     await self._claim(arrivals, holds)
@@ -114,7 +114,7 @@ class Intake:
         if dead:
             await self._bury(dead)
         if done:
-            await self._consumer.ack(done)
+            await persist(lambda: self._consumer.ack(done))
 
     def _take(self, arrival: _Arrival, answer: Claimed) -> None:
         held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
@@ -158,4 +158,4 @@ class Intake:
                 "message_dead_lettered", extra={"message_id": delivery.message_id, "reason": reason, "error": text}
             )
         await self._settler.dead_letter(messages)
-        await self._consumer.ack([delivery for delivery, _, _ in dead])
+        await persist(lambda: self._consumer.ack([delivery for delivery, _, _ in dead]))

@@ -82,7 +82,7 @@ class Runner:
         elif self._draining:
             self._settler.put(HandBack(held))
         else:
-            held.stop_reason = None
+            held.stop_reason, held.abandoned = None, False
             self._waiting[held.id] = held
             self._scheduler.offer(_candidate(held), time.monotonic())
             self._changed.set()
@@ -111,8 +111,12 @@ class Runner:
             log.warning("drain_cut_short", extra={"num_jobs": len(self._running)})
             for job_id in list(self._running):
                 self._stop_running(job_id, "drained")
-            async with asyncio.timeout(FORCE_CLOSE_S):
-                await self._idle.wait()
+            try:
+                async with asyncio.timeout(FORCE_CLOSE_S):
+                    await self._idle.wait()
+            except TimeoutError:
+                if self._engine is not None:
+                    await self._bury(self._engine)
 
     async def close(self) -> None:
         if self._engine is not None:
@@ -195,7 +199,7 @@ class Runner:
             return
         held.stop_reason = reason
         if self._engine is not None and self._tasks is not None:
-            self._tasks.create_task(self._engine.abort(job_id), name=f"abort {job_id}")
+            self._tasks.create_task(_abort(self._engine, job_id), name=f"abort {job_id}")
 
     def _note_running(self) -> None:
         self._metrics.running.set(len(self._running))
@@ -224,7 +228,7 @@ class Runner:
             _, stuck = await asyncio.wait(mine, timeout=FORCE_CLOSE_S)
             for held in self._running.values():
                 if self._job_tasks[held.id] in stuck:
-                    held.stop_reason = "engine died"
+                    held.abandoned = True
                     self._job_tasks[held.id].cancel()
 
     async def _restart(self) -> Engine:
@@ -267,7 +271,7 @@ class Runner:
         if silent_s >= self._stall_s and self._engine is engine:
             log.error("engine_stalled", extra={"silent_s": round(silent_s, 1), "num_jobs": len(self._running)})
             self._moved_s = now_s
-            await _close(engine, force=True)  # its iterators now end with EngineDead
+            await self._bury(engine)
 
 
 def _candidate(held: HeldJob) -> Candidate:
@@ -289,6 +293,14 @@ def _candidate(held: HeldJob) -> Candidate:
 def _ended_waiting(held: HeldJob, state: State, code: str, message: str) -> Finished:
     failure = Failure(code=code, message=message)
     return Finished(held, Result(state=state, text=held.log.text, error=failure))
+
+
+async def _abort(engine: Engine, job_id: JobId) -> None:
+    try:
+        await engine.abort(job_id)
+    except Exception as error:
+        # An engine that cannot abort is dying, or stalls; the watch deals with it.
+        log.warning("job_not_aborted", extra={"job": job_id, "error": str(error)})
 
 
 async def _close(engine: Engine, *, force: bool) -> None:

@@ -159,12 +159,12 @@ class Settler:
             )
         await self._publish_all(pairs, lambda rest: self._broker.defer(rest, timeout_s=self._publish_timeout_s))
         await persist(lambda: self._store.release(releases))
-        await self._consumer.ack([ending.held.delivery for ending in endings])
+        await self._end([ending.held.delivery for ending in endings], [True] * len(endings))
 
     async def _hand_back(self, held: Sequence[HeldJob]) -> None:
         releases = [Release(one.id, one.fence, one.envelope.publication) for one in held]
         await persist(lambda: self._store.release(releases))
-        await self._consumer.requeue([one.delivery for one in held])
+        await self._end([one.delivery for one in held], [False] * len(held))
 
     async def _let_go(self, held: Sequence[HeldJob]) -> None:
         records = await persist(lambda: self._store.read([one.id for one in held]))
@@ -198,10 +198,12 @@ class Settler:
             items = rest
 
     async def _end(self, deliveries: Sequence[Delivery], may_ack: Sequence[bool]) -> None:
-        await self._consumer.ack([one for one, ok in zip(deliveries, may_ack, strict=True) if ok])
+        done = [one for one, ok in zip(deliveries, may_ack, strict=True) if ok]
         back = [one for one, ok in zip(deliveries, may_ack, strict=True) if not ok]
+        if done:
+            await persist(lambda: self._consumer.ack(done))
         if back:
-            await self._consumer.requeue(back)
+            await persist(lambda: self._consumer.requeue(back))
 
     def _report(self, ending: Finished, answer: Committed) -> None:
         """One summary line per job, and its metrics."""
