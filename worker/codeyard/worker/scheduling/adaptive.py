@@ -40,6 +40,7 @@ from codeyard.worker.scheduling.window import Mix, prompt_room, widest
 
 PATIENCE_SHARE = 0.1  # of its own promise to the first token: then a job may run ahead of the pace
 DEBT_STEPS = 4.0  # so far, in steps' worth: others wait until it is paid back
+OVERLOAD_DEBT_STEPS = 1.0  # and so far if its lane has more than its share of work
 LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
@@ -204,7 +205,9 @@ class AdaptiveScheduler:
             pace_s = min(pace_s, budget_s)
             # A closed batch is prefilled before it decodes: nobody is replaced meanwhile.
             replaced = mix if self._continuous else Mix(prompt=0.0, prompt_squared=0.0, completion=mix.completion)
-            window = min(window, widest(cost, replaced, budget_s=budget_s))
+            decoding = widest(cost, replaced, budget_s=budget_s)
+            # Besides those that decode, some are on their way to their first token.
+            window = min(window, decoding + math.ceil(decoding * STEPS_TO_FIRST / mix.completion))
         if abs(window - self._window) > 0.03 * self._window or window == self._slots:
             self._window = window  # smaller moves are noise of the fit
         room = math.inf
@@ -238,16 +241,25 @@ class AdaptiveScheduler:
 
     def _pace_s(self, lane: Lane, limits: _Limits) -> float:
         """Seconds until the pace lets the head of this lane through."""
-        allowed = -DEBT_STEPS * limits.room if self._impatient(lane) else 0.0
-        if math.isinf(limits.room) or self._room >= allowed:
+        if math.isinf(limits.room) or self._room >= 0:
+            return 0.0
+        allowed = 0.0
+        if self._impatient(lane):
+            allowed = -limits.room * (DEBT_STEPS if self._short(lane) else OVERLOAD_DEBT_STEPS)
+        if self._room >= allowed:
             return 0.0
         return (allowed - self._room) / limits.room * limits.pace_s + 1e-6
 
     def _impatient(self, lane: Lane, share: float = PATIENCE_SHARE) -> bool:
         """Has the head of this lane waited for this share of its promise?"""
         promise_s = self._promises[lane].first_token_s
-        job = self._lanes[lane].next()
-        return bool(promise_s) and job is not None and self._now_s - job.submitted_s > share * promise_s
+        job = self._lanes[lane].next() if promise_s else None
+        return job is not None and self._now_s - job.submitted_s > share * promise_s
+
+    def _short(self, lane: Lane) -> bool:
+        """Is the lane short of its share? Else its jobs wait because of its own jobs, not of others'."""
+        with_work = [other for other, waiting in self._in_hand_s.items() if waiting or self._count[other]]
+        return self._turns.short_of(lane, with_work)
 
     def _starving(self) -> Lane | None:
         """A lane with work in hand from which nothing was admitted for too long."""
@@ -304,11 +316,10 @@ class AdaptiveScheduler:
 
     def _late(self) -> int:
         """Jobs of lanes above bulk that are about to miss their promise though their lane is short of its share."""
-        with_work = [lane for lane, waiting in self._lanes.items() if waiting or self._count[lane]]
         return sum(
             len(waiting)
             for lane, waiting in self._lanes.items()
-            if lane is not Lane.BULK and self._impatient(lane, LATE_SHARE) and self._turns.short_of(lane, with_work)
+            if lane is not Lane.BULK and self._impatient(lane, LATE_SHARE) and self._short(lane)
         )
 
     def _admit_suspects(self) -> Decision:

@@ -39,6 +39,7 @@ SCALE_WORKERS, SCALE_JOBS = 1_000, 1_000_000
 PLAIN_WIDTH = 160  # columns, where the output is no terminal
 MOST_ROWS = 60  # runs printed one by one
 MOST_DETAILED = 12  # and lane by lane
+CHECK_WORKERS, CHECK_JOBS = 4, 40_000
 WAIT_TRACES = ("steady", "burst", "day")
 
 HELP = """Simulate a fleet of GPU workers with the very scheduling policy the worker runs.
@@ -201,7 +202,7 @@ def run(
                     )
                 )
             progress.ended()
-        checks = _checks(runs, scenarios, table, cell_seeds[0], workers, jobs, progress) if compare else []
+        checks = _checks(runs, scenarios, table, cell_seeds[0], progress) if compare else []
     found = cells(runs)
     checks = [*verdicts(found), *checks]
     _report(console, table, runs, checks, as_json=as_json, by_tenant=by_tenant)
@@ -221,20 +222,13 @@ def run(
 
 
 def _checks(
-    runs: list[RunStats],
-    scenarios: Scenarios,
-    table: LatencyTable,
-    seed: int,
-    workers: int,
-    jobs: int,
-    progress: "_Bar",
+    runs: list[RunStats], scenarios: Scenarios, table: LatencyTable, seed: int, progress: "_Bar"
 ) -> list[Check]:
-    """Flood and greedy tenant need long runs rather than many workers: the same jobs on a few."""
-    few = max(1, workers // 16)
+    """Flood and greedy tenant need long runs rather than many workers."""
     progress.starts("flood")
-    checks = flood(scenarios.traces["flood"], table, workers=few, jobs=jobs, seed=seed)
+    checks = flood(scenarios.traces["flood"], table, workers=CHECK_WORKERS, jobs=CHECK_JOBS, seed=seed)
     progress.starts("greedy tenant")
-    checks += greedy(table, workers=few, jobs=jobs, seed=seed)
+    checks += greedy(table, workers=CHECK_WORKERS, jobs=CHECK_JOBS, seed=seed)
     return checks + calibration([r for r in runs if r.policy == OURS and r.trace in WAIT_TRACES])
 
 
