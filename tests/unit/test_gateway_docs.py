@@ -43,14 +43,19 @@ def test_every_schema_is_valid_and_every_example_matches_its_schema() -> None:
     """Examples are what people copy."""
     for schema in describe()["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
-        for example in schema.get("examples", ()):
-            _validate(example, schema)
-    for methods in describe()["paths"].values():
-        for operation in methods.values():
-            for answer in operation["responses"].values():
-                for content in answer.get("content", {}).values():
-                    if "example" in content:
-                        _validate(content["example"], content["schema"])
+    operations = [operation for methods in describe()["paths"].values() for operation in methods.values()]
+    for operation in operations:
+        for exchanged in (operation.get("requestBody", {}), *operation["responses"].values()):
+            for content in exchanged.get("content", {}).values():
+                if "example" in content:
+                    _validate(content["example"], content["schema"])
+
+
+async def test_the_example_body_is_accepted() -> None:
+    """It is the first thing people send."""
+    body = describe()["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    async with http_to(app_over(MadeUpJobs())) as http:
+        assert (await http.post("/v1/jobs", json=body)).status_code == 202
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,14 @@ from codeyard.shared.record import Event, JobStatus
 from codeyard.shared.store.port import CancelVerdict
 
 JOB_ID = "0f4a7c9e-5b1d-5c39-9f0e-2f6a5d0f5e9a"
-RUNNING = {
+SUBMISSION = {
+    "model": "starter",
+    "prompt": 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    "lane": "interactive",
+    "sampling": {"max_tokens": 64, "temperature": 0.2},
+    "stream": True,
+}
+QUEUED = {
     "id": JOB_ID,
     "state": "queued",
     "lane": "interactive",
@@ -31,7 +38,7 @@ RUNNING = {
     "last_seq": 0,
 }
 DONE = {
-    **RUNNING,
+    **QUEUED,
     "state": "succeeded",
     "attempt": 1,
     "started_at": 1795226400.31,
@@ -87,7 +94,7 @@ def describe() -> dict[str, Any]:
                 "get": _operation(
                     "readiness",
                     "Do broker and store answer?",
-                    {"200": _json("Both do; with their versions.", READY), **_problems(503)},
+                    {"200": _json("Both do; with their versions.", READY), **_problems("not-ready")},
                 )
             },
             "/metrics": {
@@ -107,14 +114,26 @@ def _submit() -> dict[str, Any]:
         "submitJob",
         "Submit a job",
         {
-            "202": _json("Accepted: the broker has it on disk.", {**RUNNING, "attached": False}, "Submitted", location),
+            "202": _json("Accepted: the broker has it on disk.", {**QUEUED, "attached": False}, "Submitted", location),
             "200": _json(
                 "Final: it was attached to and had ended, or it ended within the wait.",
                 {**DONE, "attached": True},
                 "Submitted",
                 location,
             ),
-            **_problems(400, 404, 408, 413, 415, 409, 422, 429, 503),
+            **_problems(
+                "malformed-json",
+                "invalid-header",
+                "unknown-model",
+                "body-timeout",
+                "idempotency-conflict",
+                "too-large",
+                "unsupported-media-type",
+                "invalid-job",
+                "queue-full",
+                "broker-unavailable",
+                "store-unavailable",
+            ),
         },
         description="Sending the same key and body again attaches to the job that is there and, once it is final, "
         "returns its outcome, byte for byte. So a submission without an answer can simply be sent again.",
@@ -127,7 +146,10 @@ def _submit() -> dict[str, Any]:
             _prefer(),
             _header("traceparent", "W3C trace context; travels with the job to the worker.", None),
         ],
-        requestBody={"required": True, "content": {"application/json": {"schema": _ref("SubmitBody")}}},
+        requestBody={
+            "required": True,
+            "content": {"application/json": {"schema": _ref("SubmitBody"), "example": SUBMISSION}},
+        },
     )
 
 
@@ -135,7 +157,10 @@ def _recent() -> dict[str, Any]:
     return _operation(
         "recentJobs",
         "The newest jobs",
-        {"200": _json("Newest first; approximate, for people.", {"jobs": [DONE]}, "RecentJobs"), **_problems(400, 503)},
+        {
+            "200": _json("Newest first; approximate, for people.", {"jobs": [DONE]}, "RecentJobs"),
+            **_problems("invalid-parameter", "store-unavailable"),
+        },
         parameters=[_query("limit", f"How many, 1 to {MAX_RECENT}.", 20)],
     )
 
@@ -146,7 +171,7 @@ def _status() -> dict[str, Any]:
         "Status and result",
         {
             "200": _json("What is known now; `result` is there once the state is final.", DONE, "JobStatus"),
-            **_problems(404, 503),
+            **_problems("job-not-found", "store-unavailable"),
         },
         parameters=[_job_id(), _prefer()],
     )
@@ -163,7 +188,7 @@ def _cancel() -> dict[str, Any]:
                 {"id": JOB_ID, "outcome": "cancelled"},
                 "Cancelled",
             ),
-            **_problems(404, 503),
+            **_problems("job-not-found", "store-unavailable"),
         },
         parameters=[_job_id()],
     )
@@ -180,7 +205,7 @@ def _events() -> dict[str, Any]:
                 "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
             },
             "204": {"description": "Nothing comes after that event; an EventSource stops asking."},
-            **_problems(400, 404, 503),
+            **_problems("invalid-header", "invalid-parameter", "job-not-found", "store-unavailable"),
         },
         description="The SSE id is the event's sequence number, from 1, without gap or repeat, also when the job "
         "moved to another worker in between. Come back with `Last-Event-ID` to get the rest. `data` is an `Event`.",
@@ -217,15 +242,15 @@ def _text(media_type: str, description: str) -> dict[str, Any]:
     return {"description": description, "content": {media_type: {"schema": {"type": "string"}}}}
 
 
-def _problems(*statuses: int) -> dict[str, Any]:
+def _problems(*kinds: str) -> dict[str, Any]:
+    """By status; one status may stand for several kinds."""
     answers = {}
-    for status in statuses:
-        kinds = [name for name, kind in KINDS.items() if kind.status == status]
+    for status in sorted({KINDS[kind].status for kind in kinds}):
         content: dict[str, Any] = {"schema": _ref("Problem")}
-        if status == 422:
+        if status == PROBLEM["status"]:
             content["example"] = PROBLEM
         answers[str(status)] = {
-            "description": ", ".join(f"`{name}`" for name in kinds),
+            "description": ", ".join(f"`{kind}`" for kind in kinds if KINDS[kind].status == status),
             "content": {"application/problem+json": content},
         }
     return answers
@@ -258,6 +283,11 @@ def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = {}
     for model in (SubmitBody, JobStatus, Event):
         schemas |= _schema(model)
+    for name, meanings in _MEANINGS.items():
+        for field, meaning in meanings.items():
+            of = schemas[name]["properties"][field]
+            of["description"] = meaning
+            of.pop("title", None)
     status = schemas["JobStatus"]
     status["required"] = [name for name in status["required"] if name not in _OMITTED_WHEN_UNSET]
     schemas["Submitted"] = {
@@ -284,6 +314,30 @@ def _schemas() -> dict[str, Any]:
     return schemas
 
 
+_MEANINGS = {
+    "JobStatus": {
+        "id": "The request id.",
+        "state": "The last four are final.",
+        "revision": "What the alias pointed to when the job was accepted; it runs on that.",
+        "key": "The idempotency key; the id, if the caller gave none.",
+        "attempt": "Which try this is; handed back without running does not count.",
+        "created_at": "Seconds since the epoch, by the store's clock, as all times here.",
+        "started_at": "When the last worker took it.",
+        "deadline_at": "Not final by then, it expires.",
+        "cancel_requested": "A worker has it and will stop.",
+        "last_seq": "Sequence number of its newest event.",
+        "result": "Once it is final.",
+    },
+    "Result": {
+        "text": "What was generated: the `tokens` events since the last `restarted`, joined.",
+        "finish_reason": "`stop`, `length` or `abort`.",
+        "engine": "Which engine made it, and its version.",
+        "batch_size": "Jobs in the engine when this one started, itself included.",
+        "first_token_s": "Seconds from the engine's taking it to its first token.",
+        "generate_s": "Seconds from the engine's taking it to its last token.",
+    },
+    "Event": {"token_ids": "Of the model's vocabulary.", "state": "Of an `end` event."},
+}
 _OMITTED_WHEN_UNSET = {"started_at", "finished_at", "result"}
 
 

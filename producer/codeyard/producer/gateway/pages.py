@@ -13,7 +13,7 @@ from typing import Any
 from codeyard.producer.gateway.openapi import describe
 from codeyard.producer.gateway.problems import KINDS
 
-SHOWN_SCHEMAS = ("SubmitBody", "Sampling", "JobStatus", "Result", "Event", "Problem")
+SHOWN_SCHEMAS = ("SubmitBody", "Sampling", "JobStatus", "Result", "Usage", "Failure", "Event", "Problem")
 
 
 @cache
@@ -64,14 +64,20 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         rows = ((f"<code>{p['name']}</code>", p["in"], _text(p["description"])) for p in parameters)
         parts.append(_table(("parameter", "in", ""), rows))
     if body := operation.get("requestBody"):
-        schema = body["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
-        example = describe()["components"]["schemas"][schema]["examples"][0]
-        parts.append(f"<h3>Body: {_link(schema)}</h3>{_code(example)}")
+        content = body["content"]["application/json"]
+        parts.append(f"<h3>Body: {_type(content['schema'])}</h3>{_code(content['example'])}")
+    refusals = []
     for status, answer in operation["responses"].items():
         [(media_type, content)] = answer.get("content", {"": {}}).items()
+        if media_type == "application/problem+json":
+            kinds = re.sub(r"`([^`]+)`", r'<a href="#\1">\1</a>', answer["description"])
+            refusals.append(f"<code>{status}</code> {kinds}")
+            continue
         parts.append(f"<h3><code>{status}</code> {escape(media_type)}</h3><p>{_text(answer['description'])}</p>")
         if "example" in content:
             parts.append(_code(content["example"]))
+    if refusals:
+        parts.append(f"<h3>Refusals</h3><p>{' · '.join(refusals)}</p>")
     return "".join(parts) + "</section>"
 
 
@@ -119,6 +125,7 @@ def _type(schema: dict[str, Any]) -> str:
 
 def _meaning(schema: dict[str, Any]) -> str:
     text = _text(schema.get("description", ""))
+    text += "." if text and not text.endswith(".") else ""
     default = schema.get("default")
     bounds = _bounds(schema)
     if default not in (None, "", [], {}) and not isinstance(default, dict):
@@ -127,16 +134,28 @@ def _meaning(schema: dict[str, Any]) -> str:
 
 
 def _bounds(schema: dict[str, Any]) -> list[str]:
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "more than",
-        "maximum": "at most",
-        "exclusiveMaximum": "less than",
-        "maxLength": "characters, at most",
-        "maxItems": "items, at most",
+    phrases = {
+        "minimum": "at least {}",
+        "exclusiveMinimum": "more than {}",
+        "maximum": "at most {}",
+        "exclusiveMaximum": "less than {}",
+        "maxLength": "at most {} characters",
+        "maxItems": "at most {} items",
     }
-    of = [schema, *(one for one in schema.get("anyOf", ()) if one.get("type") in ("number", "integer"))]
-    return [f"{word} {one[bound]:,}" for one in of for bound, word in words.items() if bound in one]
+    numbers = [one for one in schema.get("anyOf", ()) if one.get("type") in ("number", "integer")]
+    return [
+        phrase.format(_number(one[bound]))
+        for one in (schema, *numbers)
+        for bound, phrase in phrases.items()
+        if bound in one
+    ]
+
+
+def _number(value: float) -> str:
+    power = int(value).bit_length() - 1
+    if power > 20 and value == 2**power:
+        return f"2<sup>{power}</sup>"
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _verb(method: str) -> str:

@@ -42,21 +42,7 @@ def _is_json(metadata: dict[str, Any]) -> dict[str, Any]:
 class SubmitBody(BaseModel):
     """A job to submit. Unknown fields are refused: a typo must not change what is generated."""
 
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "starter",
-                    "prompt": 'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
-                    "lane": "interactive",
-                    "sampling": {"max_tokens": 64, "temperature": 0.2},
-                    "stream": True,
-                }
-            ]
-        },
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: Annotated[Name, Field(description="Alias of a model that a worker serves.")]
     prompt: Annotated[
