@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
+import aio_pika
 import pytest
-from support.fleet import Backend, first_token, worker_task
+from support.fleet import Backend, first_token, fleet_settings, worker_task
 
 from codeyard.producer import AsyncClient, Submission
 from codeyard.shared.broker.port import Message, PublishOutcome
@@ -289,3 +291,30 @@ async def test_a_malformed_message_is_dead_lettered_with_the_reason_and_the_work
 
     assert {headers["reason"] for headers in dead.values()} == {"malformed"}
     assert all(headers["error"] for headers in dead.values())
+
+
+@pytest.mark.services
+async def test_what_the_broker_itself_drops_ends_as_failed(
+    rabbitmq_url: str, redis_url: str, tmp_path: Path, namespace: str
+) -> None:
+    """A foreign consumer that rejects, or a policy, must not leave a caller waiting for ever."""
+    settings = fleet_settings(tmp_path, rabbitmq_url, redis_url, namespace)
+    async with worker_task(settings):
+        pass  # declared, and nobody consumes
+    async with AsyncClient(settings=settings, timeout_s=10) as client:
+        job = await client.submit("def dropped():")
+        queue = client.topology.job_queue(job.accepted_status.revision, Lane.STANDARD)
+        connection = await aio_pika.connect(rabbitmq_url)
+        async with connection, connection.channel() as channel:
+            message = await (await channel.get_queue(queue, ensure=False)).get(timeout=10)
+            assert message is not None
+            await message.reject(requeue=False)
+
+        async with worker_task(settings):
+            result = await job.result(timeout=30)
+        dead = await dead_letters(settings, 1)
+
+    assert result.state is State.FAILED
+    assert result.error is not None
+    assert result.error.code == "dropped_by_broker"
+    assert dead[job.id]["reason"] == "dropped_by_broker"
