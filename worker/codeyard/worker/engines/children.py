@@ -1,16 +1,18 @@
-"""The processes below a process, and how to be rid of them: also when this one is killed with -9.
+"""An engine's processes, those below them included, and how to be rid of them: also when this one is killed with -9.
 
 Run as `python -m codeyard.worker.engines.children PID...` it is the reaper: it waits until its stdin
-ends, which the kernel sees to when its parent dies of anything, and then kills those processes and all
-below them. Linux; elsewhere only the processes named are known, not those below.
+ends, which the kernel sees to when its parent dies of anything, and then kills those processes. Linux
+only, as is vLLM: a process is held by a pidfd, which never means another one that got its number later.
 """
 
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -30,32 +32,62 @@ def descendants(pids: Iterable[int]) -> list[int]:
     return found
 
 
-def kill(pids: Sequence[int]) -> None:
-    """These and all below them, at once. Those already gone are passed over."""
-    for pid in [*pids, *descendants(pids)]:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+class Processes:
+    """Some processes and all below them. One whose parent ends first stays known, if it was there when
+    this was made or at the last `kill`."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._handles: dict[int, int] = {}  # pid -> pidfd
+        self._add(pids)
+        self._add(descendants(self._handles))
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(self._handles)
+
+    def kill(self) -> None:
+        """At once. Those already gone are passed over."""
+        self._add(descendants(pid for pid, handle in self._handles.items() if not _has_ended(handle)))
+        for handle in self._handles.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+
+    def wait(self, within_s: float) -> bool:
+        """Until all have ended. False if some had not in time, as one in an uninterruptible call. Blocks."""
+        until_s = time.monotonic() + within_s
+        return all(_has_ended(handle, until_s - time.monotonic()) for handle in self._handles.values())
+
+    def forget(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def _add(self, pids: Iterable[int]) -> None:
+        for pid in pids:
+            if pid not in self._handles:
+                with contextlib.suppress(ProcessLookupError):
+                    self._handles[pid] = os.pidfd_open(pid)
 
 
 class Reaper:
-    """Ends `pids` and all below them when this process is gone, however it went."""
+    """Ends processes when this one is gone, however it went."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     @classmethod
-    async def start(cls, pids: Sequence[int]) -> "Reaper":
+    async def start(cls, processes: Processes) -> "Reaper":
         module = "codeyard.worker.engines.children"
         return cls(
             await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", module, *map(str, pids)),
+                *(sys.executable, "-P", "-m", module, *map(str, processes.pids)),
                 stdin=asyncio.subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C ends the worker, which is what this one waits for
             )
         )
 
     async def dismiss(self) -> None:
-        """The processes are gone: it must not touch whoever has their numbers next."""
+        """The processes are gone."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -65,19 +97,15 @@ class Reaper:
 
 
 def main() -> None:
-    pids = [int(argument) for argument in sys.argv[1:]]
-    handles = []
-    for pid in pids:
-        with contextlib.suppress(OSError, AttributeError):
-            handles.append(os.pidfd_open(pid))  # stays this process, whoever gets the number later
+    processes = Processes(int(argument) for argument in sys.argv[1:])
     sys.stdin.buffer.read()
-    below = descendants(pids) if len(handles) == len(pids) else []
-    for handle in handles:
-        with contextlib.suppress(OSError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    for pid in below:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    processes.kill()
+
+
+def _has_ended(handle: int, within_s: float = 0.0) -> bool:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(max(0.0, within_s) * 1e3))
 
 
 if __name__ == "__main__":

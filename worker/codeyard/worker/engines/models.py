@@ -35,19 +35,23 @@ class ModelSource:
 
 
 def parse_model(argument: str) -> ModelSource:
-    """`ALIAS`, or `ALIAS=DIRECTORY_OR_HUGGING_FACE_ID`. The alias `starter` alone is the packaged model;
-    a Hugging Face id in the local cache is the snapshot its `main` points to.
+    """`ALIAS=DIRECTORY_OR_HUGGING_FACE_ID`, or only the latter, whose last part is then the alias.
+
+    `starter` alone is the packaged model. A Hugging Face id in the local cache is the snapshot its `main`
+    points to.
 
     Raises SettingsError for a malformed argument, EngineUnavailable for a directory without a model.
     """
     alias, given, location = argument.partition("=")
-    if not ALIAS.fullmatch(alias) or (given and not location):
+    if not given:
+        alias, location = Path(argument).name, argument
+    if not ALIAS.fullmatch(alias) or not location:
         raise SettingsError(
             f"model {argument!r}: expected ALIAS=DIRECTORY_OR_ID, e.g. coder=/models/coder; "
             "an alias is up to 100 letters, digits, '.', '_' and '-'"
         )
-    if not given:
-        location = str(starter_directory()) if alias == "starter" else alias
+    if argument == "starter":
+        location = str(starter_directory())
     directory = Path(location).expanduser()
     if directory.is_dir():
         return ModelSource(alias, str(directory.resolve()), f"{alias}-{fingerprint(directory)}")

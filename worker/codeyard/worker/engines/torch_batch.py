@@ -43,9 +43,9 @@ class TorchModel:
         self.device = torch.device(_best_device() if device == "auto" else device)
         if dtype == "auto" and self.device.type == "cpu":
             dtype = "float32"
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
         self._model = model.to(self.device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         config = self._model.config.get_text_config()
         longest = config.max_position_embeddings
         self.context_tokens: int = min(max_model_len or longest, longest)

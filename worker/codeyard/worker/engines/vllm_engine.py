@@ -18,7 +18,7 @@ from typing import Any
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
-from codeyard.worker.engines import children
+from codeyard.worker.engines.children import Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
@@ -26,7 +26,8 @@ from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
 log = logging.getLogger(__name__)
 
 PRIORITY = {Lane.INTERACTIVE: 0, Lane.STANDARD: 1, Lane.BULK: 2}
-SHUTDOWN_S = 5.0
+SHUTDOWN_S = 5.0  # for vLLM to end its processes itself; half of it before it kills them
+KILL_S = 3.0  # for killed processes to be gone: one that is has given its GPU memory back
 ENVIRONMENT = {  # set unless the operator did
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about its own defaults, a page of them at each start
     "VLLM_NO_USAGE_STATS": "1",
@@ -40,7 +41,7 @@ _loading = asyncio.Lock()  # one at a time: a new child process is known by not 
 class VllmEngine:
     """Made by `start`."""
 
-    def __init__(self, llm: Any, info: EngineInfo, stats: "_Stats", pids: list[int], reaper: children.Reaper) -> None:
+    def __init__(self, llm: Any, info: EngineInfo, stats: "_Stats", processes: Processes, reaper: Reaper) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
@@ -49,7 +50,7 @@ class VllmEngine:
         self.info = info
         self._llm = llm
         self._stats = stats
-        self._pids = pids
+        self._processes = processes
         self._reaper = reaper
         self._params = SamplingParams
         self._kinds = RequestOutputKind
@@ -77,13 +78,13 @@ class VllmEngine:
             except BaseException as error:
                 # A thread cannot be cancelled, but it ends when the process it waits for does.
                 while not loading.done():
-                    children.kill(list(_child_pids() - before))
+                    Processes(_child_pids() - before).kill()
                     await asyncio.wait([loading], timeout=0.5)
-                children.kill(list(_child_pids() - before))
+                await _end(Processes(_child_pids() - before))
                 if isinstance(error, Exception):
                     raise EngineUnavailable(f"vllm cannot load {source.location}: {error}") from error
                 raise
-            pids = sorted(_child_pids() - before)
+            processes = Processes(_child_pids() - before)
         import vllm
 
         info = EngineInfo(
@@ -95,7 +96,7 @@ class VllmEngine:
             max_running=settings.max_running,
             continuous=True,
         )
-        return cls(llm, info, stats, pids, await children.Reaper.start(pids))
+        return cls(llm, info, stats, processes, await Reaper.start(processes))
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_alive()
@@ -145,7 +146,7 @@ class VllmEngine:
 
     async def close(self, *, force: bool = False) -> None:
         if force:
-            children.kill(self._pids)
+            self._processes.kill()
         if self._closing is None:
             self._closing = asyncio.create_task(self._shut_down(), name="close vllm")
         await asyncio.shield(self._closing)
@@ -164,7 +165,7 @@ class VllmEngine:
             # It may be broken in any way; what counts is that its processes are gone.
             log.warning("vllm_shutdown_failed", extra={"error": str(error)})
         llm.shutdown = _nothing  # which its __del__ calls, at the interpreter's exit without the modules it needs
-        children.kill(self._pids)
+        await _end(self._processes)
         await self._reaper.dismiss()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -274,6 +275,13 @@ def _end_ids(llm: Any) -> frozenset[int]:
 
 def _nothing(timeout: float | None = None) -> None:
     pass
+
+
+async def _end(processes: Processes) -> None:
+    processes.kill()
+    if not await asyncio.to_thread(processes.wait, KILL_S):
+        log.error("vllm_processes_left", extra={"pids": processes.pids})
+    processes.forget()
 
 
 def _child_pids() -> set[int]:

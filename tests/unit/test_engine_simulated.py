@@ -1,0 +1,229 @@
+"""The simulated engine: answers that can be checked, times of a GPU, faults on demand."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from codeyard.shared.errors import EngineDead, JobFailed, JobRejected, SettingsError
+from codeyard.shared.job import Lane, Sampling
+from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.models import ModelSource
+from codeyard.worker.engines.port import Delta, EngineJob
+from codeyard.worker.engines.simulated import EXIT_STATUS, Fault, SimulatedEngine, simulated_completion
+from codeyard.worker.simulation.latency import load_table
+
+SOURCE = ModelSource("any", "nowhere", "any-1")
+FAST = 1e-6
+
+
+def engine(*, time_scale: float = FAST, max_running: int = 8, **changes: Any) -> SimulatedEngine:
+    fault = changes.pop("fault", None)
+    settings = EngineSettings(time_scale=time_scale, max_running=max_running, **changes)
+    return SimulatedEngine(SOURCE, settings, fault=fault)
+
+
+def job(name: str, prompt: str = "def f", *, stream: bool = False, **changes: Any) -> EngineJob:
+    prefix, lane = changes.pop("prefix", ()), changes.pop("lane", Lane.STANDARD)
+    return EngineJob(name, prompt, Sampling(**{"max_tokens": 300, **changes}), lane, stream, prefix)
+
+
+def deltas_of(one: SimulatedEngine, asked: EngineJob) -> AsyncGenerator[Delta, None]:
+    return cast("AsyncGenerator[Delta, None]", one.generate(asked))
+
+
+async def run(one: SimulatedEngine, asked: EngineJob) -> list[Delta]:
+    async with aclosing(deltas_of(one, asked)) as deltas:
+        return [delta async for delta in deltas]
+
+
+def answer(deltas: list[Delta]) -> tuple[str, tuple[int, ...], str | None]:
+    ids = tuple(token for delta in deltas for token in delta.token_ids)
+    return "".join(delta.text for delta in deltas), ids, deltas[-1].finish_reason
+
+
+def hang(asked: EngineJob) -> Fault | None:
+    return "hang" if asked.id.startswith("hang") else None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens,stop", [(300, ()), (10, ()), (300, (" return",))])
+async def test_the_answer_is_the_one_a_drill_computes(stream: bool, max_tokens: int, stop: tuple[str, ...]) -> None:
+    """A drill tells a wrong result from a right one by its prompt alone."""
+    one = engine()
+    prompts = [f"prompt {n}" for n in range(40)]  # five times the slots
+    got = await asyncio.gather(
+        *(run(one, job(prompt, prompt, stream=stream, max_tokens=max_tokens, stop=stop)) for prompt in prompts)
+    )
+    await one.close()
+    assert [answer(deltas) for deltas in got] == [simulated_completion(p, max_tokens, stop=stop) for p in prompts]
+    assert not any(stop and stop[0] in answer(deltas)[0] for deltas in got)
+
+
+async def test_a_continued_job_ends_as_an_undisturbed_one() -> None:
+    """Takeovers are what drills are about."""
+    text, ids, reason = simulated_completion("def f", 300)
+    one = engine()
+    rest = await run(one, job("rest", prefix=ids[:7], stream=True))
+    assert ids[:7] + answer(rest)[1] == ids
+    assert text.endswith(answer(rest)[0])
+    assert answer(rest)[2] == reason
+    assert answer(await run(one, job("done", prefix=ids)))[1:] == ((), reason)
+    await one.close()
+
+
+async def test_it_takes_the_time_of_the_table() -> None:
+    """Loads measured on it are to be those of the GPU. The job's last step may not come early."""
+    table = load_table()
+    num_tokens = len(simulated_completion("def f", 300)[1])
+    expected_s = num_tokens * table.decode_s[1] * 0.1
+    one = engine(time_scale=0.1)
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    await run(one, job("timed"))
+    took_s = loop.time() - started_s
+    await one.close()
+    assert took_s >= expected_s * 0.95
+    assert one.load().steps == num_tokens
+
+
+async def test_over_its_slots_the_urgent_lane_is_next() -> None:
+    """As vLLM does with priorities."""
+    one = engine(max_running=1)
+    ended: list[str] = []
+
+    async def note(name: str, lane: Lane) -> None:
+        await run(one, job(name, lane=lane))
+        ended.append(name)
+
+    first = deltas_of(one, job("first", stream=True))
+    await anext(first)
+    async with asyncio.TaskGroup() as tasks:
+        for name, lane in (("bulk", Lane.BULK), ("standard", Lane.STANDARD), ("interactive", Lane.INTERACTIVE)):
+            tasks.create_task(note(name, lane))
+        while one.load().waiting < 3:
+            await anext(first)
+        await first.aclose()
+    await one.close()
+    assert ended == ["interactive", "standard", "bulk"]
+
+
+async def test_an_aborted_job_ends_with_what_it_had() -> None:
+    """Whether it streams, runs or waits."""
+    one = engine(max_running=2, time_scale=1e-3)
+    streaming = deltas_of(one, job("streaming", stream=True))
+    seen = [await anext(streaming)]
+    whole = asyncio.create_task(run(one, job("whole")))
+    waiting = asyncio.create_task(run(one, job("waiting")))
+    while not one.load().waiting:
+        seen.append(await anext(streaming))
+    seen.append(await anext(streaming))
+    for name in ("streaming", "whole", "waiting", "unknown"):
+        await one.abort(name)
+    seen += [delta async for delta in streaming]
+    await one.close()
+    ids = simulated_completion("def f", 300)[1]
+    for text, had, reason in (answer(seen), answer(await whole), answer(await waiting)):
+        assert reason == "abort"
+        assert had == ids[: len(had)]
+        assert bool(text) == bool(had)
+    assert answer(await waiting)[1] == ()
+
+
+async def test_a_hanging_job_moves_nothing_and_dies_with_the_engine() -> None:
+    """How a stalled engine looks: running, and no steps."""
+    one = engine(fault=hang)
+    hanging = asyncio.create_task(run(one, job("hanging")))
+    await run(one, job("healthy"))
+    steps = one.load().steps
+    assert one.load().running == 1
+    await one.close(force=True)
+    with pytest.raises(EngineDead):
+        await hanging
+    with pytest.raises(EngineDead):
+        await run(one, job("late"))
+    assert one.load().steps == steps
+    await one.close()
+
+
+async def test_a_fault_of_the_engine_takes_every_job_and_one_of_a_job_only_itself() -> None:
+    """The two kinds of failure a worker must tell apart."""
+    faults: dict[str, Fault] = {"failing": "fail", "deadly": "die", "hanging": "hang"}
+    one = engine(fault=lambda asked: faults.get(asked.id))
+    neighbour = asyncio.create_task(run(one, job("hanging")))
+    with pytest.raises(JobFailed):
+        await run(one, job("failing"))
+    assert not neighbour.done()
+    with pytest.raises(EngineDead):
+        await run(one, job("deadly"))
+    with pytest.raises(EngineDead):
+        await neighbour
+    await one.close()
+
+
+async def test_a_prompt_over_the_context_is_rejected() -> None:
+    """As by every engine."""
+    one = engine(max_model_len=10)
+    with pytest.raises(JobRejected) as caught:
+        await run(one, job("long", "x" * 100))
+    assert caught.value.code == "prompt_too_long"
+    [delta] = await run(one, job("fits", "x" * 8))
+    assert len(delta.token_ids) == 7
+    await one.close()
+
+
+def table_with(faults: dict[str, str], directory: Path) -> Path:
+    shipped = Path(sys.modules["codeyard.worker.simulation.latency"].__file__ or "").parents[1] / "data"
+    table = json.loads((shipped / "vllm-h200-qwen2.5-7b.json").read_text())
+    path = directory / "table.json"
+    path.write_text(json.dumps({**table, "faults": faults}))
+    return path
+
+
+async def test_a_latency_table_may_name_faults(tmp_path: Path) -> None:
+    """So that a drill reaches them in a worker that is another process."""
+    one = engine(latency_table=table_with({"!fail": "fail"}, tmp_path))
+    with pytest.raises(JobFailed):
+        await run(one, job("failing", "!fail please"))
+    assert await run(one, job("healthy", "please"))
+    await one.close()
+
+
+async def test_an_unknown_fault_stops_the_start(tmp_path: Path) -> None:
+    """A drill that breaks nothing would prove nothing."""
+    with pytest.raises(SettingsError, match="explode"):
+        engine(latency_table=table_with({"!": "explode"}, tmp_path))
+
+
+def test_a_poison_job_ends_the_process(tmp_path: Path) -> None:
+    """It must be the whole process, with no chance to clean up."""
+    path = table_with({"!exit": "exit"}, tmp_path)
+    program = f"""
+import asyncio
+from pathlib import Path
+from codeyard.shared.job import Lane, Sampling
+from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.models import ModelSource
+from codeyard.worker.engines.port import EngineJob
+from codeyard.worker.engines.simulated import SimulatedEngine
+async def main():
+    one = SimulatedEngine(ModelSource("a", "b", "c"), EngineSettings(latency_table=Path({str(path)!r})))
+    async for _ in one.generate(EngineJob("j", "!exit now", Sampling(), Lane.BULK, False)):
+        pass
+asyncio.run(main())
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == EXIT_STATUS
+
+
+async def test_it_says_what_it_is() -> None:
+    """No result of it may pass for one of a model."""
+    one = engine()
+    assert one.info.name == "simulated"
+    assert one.info.version.startswith("simulated (no model")
+    await one.close()
