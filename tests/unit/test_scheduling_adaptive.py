@@ -28,7 +28,8 @@ def job(name: JobId, lane: Lane = Lane.BULK, *, tenant: str = "t", prompt: int =
 class Gpu:
     """An engine whose every step takes exactly what the model says; each running job gets a token a step."""
 
-    def __init__(self, scheduler: AdaptiveScheduler, *, per_job_s: float = PER_JOB_S) -> None:
+    def __init__(self, scheduler: AdaptiveScheduler, *, per_job_s: float = PER_JOB_S, streams: bool = True) -> None:
+        self.streams = streams  # else each job reports its tokens at its end, all at once
         self.scheduler = scheduler
         self.per_job_s = per_job_s
         self.now_s = 0.0
@@ -67,8 +68,9 @@ class Gpu:
         self.now_s += step_s
         for name in list(self.left):
             self.first_s.setdefault(name, self.now_s)
-            self.scheduler.progressed(name, 1, self.now_s)
             self.left[name] -= 1
+            if self.streams or not self.left[name]:
+                self.scheduler.progressed(name, 1 if self.streams else self._tokens[name], self.now_s)
             if not self.left[name]:
                 del self.left[name]
                 self.scheduler.ended(name, self.now_s)
@@ -238,9 +240,11 @@ def promised(per_token_s: float, **more: object) -> AdmissionSettings:
     )
 
 
-def test_interactive_work_narrows_the_window_to_what_the_promise_allows() -> None:
-    """10 ms a token at 5 ms + 0.1 ms a job leaves room for fewer than 50 of 64, prefill included."""
-    gpu = Gpu(AdaptiveScheduler(promised(0.010), slots=SLOTS, continuous=True))
+@pytest.mark.parametrize("streams", [True, False])
+def test_interactive_work_narrows_the_window_to_what_the_promise_allows(streams: bool) -> None:
+    """10 ms a token at 5 ms + 0.1 ms a job leaves room for fewer than 50 of 64, prefill included. It is
+    learned from jobs that stream, and from those that say nothing before their end."""
+    gpu = Gpu(AdaptiveScheduler(promised(0.010), slots=SLOTS, continuous=True), streams=streams)
     for _ in range(20):
         fill(gpu, Lane.INTERACTIVE, 20)
         steps = list(gpu.run(gpu.now_s + 0.2))

@@ -9,15 +9,15 @@ Each decision answers four questions, in this order; every formula is derived wh
 2. *How fast?* A full window admitted at once stalls everybody while it is prefilled, and an urgent job
    that comes then. So prompts are paced to `prompt_room` tokens per step of B seconds; while no promise
    per token holds, of a quarter of the strictest promise to the first token: an arrival waits for the
-   step that runs and the one on its way, then for its own. A job that has waited a good part of its own
+   step that runs and the one on its way, then for its own. A job that has waited a part of its own
    promise may run ahead of the pace, but not far: the next one waits for what it took.
 3. *Who?* The lane whose turn it is by weight (lanes.py), in it the tenant served least (tenants.py), of
    it the oldest job. Bulk leaves some slots free for the lanes above. A lane with work from which nothing
    was admitted for `starvation_s` is next, whatever its share.
 4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
-   head is late, the lane is short of its share and no slot is left, the youngest bulk jobs are preempted: they
-   have the least to lose. At most `preempt_share` of what runs, until nobody was preempted for `calm_s`:
-   each is prefilled again.
+   head is late, short of its share, and no slot is left, the youngest bulk jobs are preempted: they have
+   the least to lose. At most `preempt_share` of what runs, until nobody was preempted for `calm_s`: each
+   is prefilled again.
 
 An engine that takes closed batches gets the same answers when it is empty, after a linger counted from
 the first job in hand. Suspects run apart (suspects.py).
@@ -44,17 +44,19 @@ OVERLOAD_DEBT_STEPS = 1.0  # and so far if its lane has more than its share of w
 LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
+FIRST_DELTA = 4  # tokens; a first report of more comes from a job that does not stream
 STEPS_TO_FIRST = 4.0  # steps from admission to first token, at most: the one that runs, one on its way, its own
 
 
 @dataclass(slots=True)
 class _Run:
-    """A job in the engine. `mark_*` is where the observation of its steps began."""
+    """A job in the engine. `mark_*` is where the observation of its steps began: at its first token, or
+    at its admission if it does not stream."""
 
     job: Candidate
     cost: float  # charged at admission
     tokens: int = 0
-    joined_at: int = 0  # on the engine's token clock
+    joined_at: int = 0  # when the engine's token clock stood here
     mark_s: float = 0.0
     mark_tokens: int = 0
     mark_job_s: float = 0.0
@@ -136,8 +138,10 @@ class AdaptiveScheduler:
             return
         if run.tokens == 0:
             self._prompts += run.job.prompt_tokens
-            run.joined_at = self._mix.joined()
-            self._mark(run, tokens)
+            if tokens <= FIRST_DELTA:
+                self._mark(run, tokens)  # its steps are counted from its first token
+            else:  # it does not stream and says all at its end: its steps are counted from its admission
+                run.mark_tokens = 1 - int(STEPS_TO_FIRST)
         run.tokens += tokens
         self._mix.reached(run.joined_at + run.tokens - 1)
         steps = run.tokens - run.mark_tokens
@@ -159,10 +163,10 @@ class AdaptiveScheduler:
         if preempted:
             self._preempting.discard(job_id)
             self._turns.preempted(job.lane, max(0.0, unused))
-        if run.tokens:
-            self._mix.left(run.tokens, by_itself=not preempted)
-            if not preempted:
-                tenants.learn(job.tenant, run.tokens)
+        by_itself = run.tokens > 0 and not preempted
+        self._mix.left(run.tokens, by_itself=by_itself)
+        if by_itself:
+            tenants.learn(job.tenant, run.tokens)
 
     # What to do -------------------------------------------------------------------------------------
 
@@ -282,7 +286,9 @@ class AdaptiveScheduler:
         return job.job_id
 
     def _enter(self, job: Candidate, cost: float) -> None:
-        self._running[job.job_id] = _Run(job, cost)
+        run = _Run(job, cost, joined_at=self._mix.joined())
+        self._mark(run, 0)
+        self._running[job.job_id] = run
         self._count[job.lane] += 1
         if job.lane is Lane.BULK:
             self._bulk[job.job_id] = None

@@ -1,9 +1,9 @@
 """What the jobs are like: prompt and completion lengths, and the engine's token clock they are read from.
 
-Every decoding job gets one token a step, so the engine has one clock: a job whose first token came when
-the clock stood at v and that now has k tokens shows that it stands at v + k - 1 at least. Any job that
-reports moves the clock for all. The area under *jobs decoding over the clock* is the tokens generated,
-those of unfinished jobs included.
+Every decoding job gets one token a step, so the engine has one clock: a job that was admitted when the
+clock stood at v and that now has k tokens shows that it stands at v + k - 1 at least. Any job that reports
+moves the clock for all, be it only at its end. The area under *jobs running over the clock* is the tokens
+generated, those of unfinished jobs included (and the few steps of each before its first token).
 
 The mean completion has to be right soon after a start, when only short jobs have ended: their plain mean
 is too low. Tokens generated per ended job is too high then (the long ones have generated much and ended
@@ -29,7 +29,7 @@ class MixEstimate:
         self._ended = _GUESS_WEIGHT
         self._ended_tokens = _GUESS_WEIGHT * FIRST_GUESS
         self._generated = _GUESS_WEIGHT * FIRST_GUESS
-        self._decoding = 0
+        self._running = 0
         self.clock = 0  # tokens
 
     @property
@@ -44,20 +44,19 @@ class MixEstimate:
         self._prompt_squared += share * (prompt_tokens * prompt_tokens - self._prompt_squared)
 
     def joined(self) -> int:
-        """A job got its first token. Returns the clock it joined at."""
-        self._decoding += 1
-        self._generated += 1.0
+        """A job was admitted. Returns the clock it joined at."""
+        self._running += 1
         return self.clock
 
     def reached(self, clock: int) -> None:
         """Some job shows that the clock stands here at least."""
         if clock > self.clock:
-            self._generated += self._decoding * (clock - self.clock)
+            self._generated += self._running * (clock - self.clock)
             self.clock = clock
 
     def left(self, tokens: int, *, by_itself: bool) -> None:
-        """A decoding job left with this many tokens; an aborted one says nothing of lengths."""
-        self._decoding -= 1
+        """A job left with this many tokens; an aborted one says nothing of lengths."""
+        self._running -= 1
         if by_itself:
             self._ended = _KEEP * self._ended + 1.0
             self._ended_tokens = _KEEP * self._ended_tokens + tokens
