@@ -16,4 +16,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     fi
     "$(dirname "$0")/install-packages.sh" no-such-program=python3-venv
 fi
-"$python" -m venv "$directory"
+"$python" -m venv "$directory" || {
+    rm -rf "$directory" # half of one would look finished the next time
+    exit 1
+}

@@ -26,8 +26,10 @@ BROKER_VARIABLE = "CODEYARD_TEST_BROKER_URL"
 STORE_VARIABLE = "CODEYARD_TEST_STORE_URL"
 RABBITMQ_IMAGE = "rabbitmq:4-management"
 REDIS_IMAGE = "redis:8"
+Service = Callable[[Path], contextlib.AbstractContextManager[str]]
+"""Where it may keep its files -> the URL, for as long as the context lasts."""
+
 _CONTAINER_READY_S = 90.0
-_never = threading.Event()
 
 
 @contextlib.contextmanager
@@ -102,8 +104,8 @@ def _container(image: str, port: int, command: list[str]) -> Iterator[tuple[str,
 
 
 def _await(answers: Callable[[], bool], name: str) -> None:
-    deadline = time.monotonic() + _CONTAINER_READY_S
+    deadline, never = time.monotonic() + _CONTAINER_READY_S, threading.Event()
     while not answers():
         if time.monotonic() > deadline:
             raise ServerFailed(f"{name} did not answer within {_CONTAINER_READY_S:g} s")
-        _never.wait(0.2)
+        never.wait(0.2)
