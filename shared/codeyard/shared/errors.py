@@ -74,11 +74,15 @@ class BrokerUnavailable(FleetError):
     """The broker did not answer within the deadline. HTTP 503.
 
     With `maybe_accepted`, the job may be queued all the same: submit again with the same
-    idempotency key (or the same `job_id`), which attaches to it if it is there.
+    idempotency key, which attaches to it if it is there; without a key, ask for the status of `job_id`.
     """
 
     def __init__(self, reason: str, *, job_id: str | None = None, maybe_accepted: bool = False) -> None:
-        hint = f"; job {job_id} may have been accepted, submit again with the same key" if maybe_accepted else ""
+        hint = (
+            f"; job {job_id} may have been accepted: submit again with the same key, or ask for its status"
+            if maybe_accepted
+            else ""
+        )
         super().__init__(f"broker unavailable: {reason}{hint}")
         self.job_id = job_id
         self.maybe_accepted = maybe_accepted
@@ -91,7 +95,11 @@ class StoreUnavailable(FleetError):
     """
 
     def __init__(self, reason: str, *, job_id: str | None = None, maybe_accepted: bool = False) -> None:
-        hint = f"; job {job_id} may have been accepted, submit again with the same key" if maybe_accepted else ""
+        hint = (
+            f"; job {job_id} may have been accepted: submit again with the same key, or ask for its status"
+            if maybe_accepted
+            else ""
+        )
         super().__init__(f"store unavailable: {reason}{hint}")
         self.job_id = job_id
         self.maybe_accepted = maybe_accepted
