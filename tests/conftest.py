@@ -5,8 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import services
+from support import services, watchdog
 from support.servers import RabbitServer, RedisServer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_outlives_the_tests() -> Iterator[None]:
+    with watchdog.watching():
+        yield
 
 
 @pytest.fixture(scope="session")

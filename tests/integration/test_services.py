@@ -1,10 +1,12 @@
 """The tests' own servers: ready when handed over, gone when the tests are, and never somebody else's."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pika
@@ -79,15 +81,25 @@ def test_servers_end_when_the_test_process_is_killed(tmp_path: Path, kind: str) 
         "print('ready', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    with _owner_of(script, tmp_path) as owner:
+        assert _processes_in(tmp_path)
+
+        owner.send_signal(signal.SIGKILL)
+
+    _until_none(tmp_path)
+
+
+def test_any_process_ends_when_the_test_process_is_killed(tmp_path: Path) -> None:
+    """Also one that a test started without ceremony, in a session of its own."""
+    script = (
+        "import subprocess, sys\n"
+        "from support.watchdog import watching\n"
+        "with watching():\n"
+        "    subprocess.Popen(['sleep', '600'], cwd=sys.argv[1], stdout=subprocess.DEVNULL, start_new_session=True)\n"
+        "    print('ready', flush=True)\n"
+        "    sys.stdin.read()\n"
     )
-    with owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
+    with _owner_of(script, tmp_path) as owner:
         assert _processes_in(tmp_path)
 
         owner.send_signal(signal.SIGKILL)
@@ -112,6 +124,20 @@ async def test_a_proxy_cuts_before_or_after_the_effect(redis_url: str, namespace
             assert await asyncio.to_thread(_incr, proxy.url(redis_url), namespace) == 2
             assert proxy.cuts == 2
             direct.delete(namespace)
+
+
+@contextlib.contextmanager
+def _owner_of(script: str, folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that stands for a test run, once it has printed `ready`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        yield owner
 
 
 def _incr(url: str, key: str) -> int:
