@@ -1,6 +1,7 @@
 """How the torch engine draws tokens: by each row's own settings, as they are defined."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def close(counts: Counter[int], want: dict[int, float]) -> bool:
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.8}, {0: 0.4, 1: 0.3}),  # p of what top-k left
     ],
 )
-def test_tokens_come_as_often_as_the_settings_say(settings: dict[str, object], weights: dict[int, float]) -> None:
+def test_tokens_come_as_often_as_the_settings_say(settings: dict[str, Any], weights: dict[int, float]) -> None:
     """A wrong filter still writes plausible code; only counting shows it."""
     assert close(drawn(**settings), expected(weights))
 

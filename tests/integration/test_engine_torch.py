@@ -123,7 +123,7 @@ async def test_the_child_dies_with_a_worker_killed_by_kill_9() -> None:
         os.close(handle)
 
 
-async def test_one_job_that_breaks_the_batch_fails_alone() -> None:
+async def test_one_job_that_breaks_the_batch_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its neighbours' tokens were made in the same pass; they get their whole answers."""
     from codeyard.worker.engines.torch_batch import Row, TorchModel
     from codeyard.worker.engines.torch_host import Host
@@ -137,7 +137,7 @@ async def test_one_job_that_breaks_the_batch_fails_alone() -> None:
             raise RuntimeError("shapes do not match")
         healthy(rows, on_step)
 
-    model.run = breaks_at_seven  # type: ignore[method-assign]  # stands for a kernel that cannot take it
+    monkeypatch.setattr(model, "run", breaks_at_seven)  # stands for a kernel that cannot take it
     sent: list[dict[str, Any]] = []
     host = Host(model, sent.append, max_running=8)
     frames = [

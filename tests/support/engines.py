@@ -136,7 +136,7 @@ class EngineContract:
 
     async def test_a_seed_repeats_itself_among_any_neighbours(self, engine: Engine) -> None:
         """What a seed promises."""
-        seeded = {"seed": 7, "temperature": 1.0, "top_p": 0.9}
+        seeded: dict[str, Any] = {"seed": 7, "temperature": 1.0, "top_p": 0.9}
         alone = await run(engine, job("seeded", **seeded))
         among, *_ = await asyncio.gather(
             run(engine, job("seeded again", **seeded)), *(run(engine, job(f"n{n}", temperature=1.0)) for n in range(5))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -35,7 +35,7 @@ def job(name: str, prompt: str = "def f", *, stream: bool = False, **changes: An
 
 
 def deltas_of(one: SimulatedEngine, asked: EngineJob) -> AsyncGenerator[Delta, None]:
-    return cast("AsyncGenerator[Delta, None]", one.generate(asked))
+    return one.generate(asked)
 
 
 async def run(one: SimulatedEngine, asked: EngineJob) -> list[Delta]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 MOST_LINES = 6  # policies in a time plot
 _COLOURS = {Lane.INTERACTIVE: "#c8553d", Lane.STANDARD: "#2d6a8e", Lane.BULK: "#7a7a7a"}
 _OURS_COLOUR = "#1b7f5c"
-_OTHERS = ("#2d6a8e", "#c8553d", "#b08a2e", "#6f5a9c", "#7a7a7a", "#4aa3a2", "#a35a7a", "#8c8c3c", "#404040")
+_OTHERS = (
+    "#2d6a8e", "#c8553d", "#b08a2e", "#6f5a9c", "#7a7a7a", "#7fc4c2", "#a35a7a", "#8c8c3c", "#202020", "#e39a7b",
+    "#8fb3d9", "#5a3b28",
+)  # fmt: skip
 
 
 def write_plots(runs: Sequence[RunStats], checks: Sequence[Check], folder: Path) -> list[Path]:
