@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 6  # policies in a time plot
-_COLOURS = {Lane.INTERACTIVE: "#c8553d", Lane.STANDARD: "#2d6a8e", Lane.BULK: "#7a7a7a"}
 _OURS_COLOUR = "#1b7f5c"
 _OTHERS = (
     "#2d6a8e", "#c8553d", "#b08a2e", "#6f5a9c", "#7a7a7a", "#7fc4c2", "#a35a7a", "#8c8c3c", "#202020", "#e39a7b",
