@@ -287,6 +287,7 @@ def _candidate(held: HeldJob) -> Candidate:
         submitted_s=held.submitted_s,
         deadline_s=held.deadline_s,
         suspect=held.suspect,
+        attempt=held.attempt,
     )
 
 
