@@ -10,7 +10,7 @@ Without URLs it uses the settings' ones (environment, codeyard.yaml), by default
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from codeyard.producer.grouping import GroupingSubmitter
 from codeyard.producer.submission import Accepted, Submission, Submitter
@@ -24,6 +24,7 @@ from codeyard.shared.settings import Settings, load
 from codeyard.shared.store.port import CancelVerdict, Store
 from codeyard.shared.topology import Topology
 
+T = TypeVar("T")
 OpenPublisher = Callable[[Settings, Topology], Awaitable[Publisher]]
 
 
@@ -86,15 +87,11 @@ class AsyncClient:
 
     @property
     def store(self) -> Store:
-        if self._store is None:
-            raise FleetError("the client is not open: use `async with AsyncClient(...)` or await client.open()")
-        return self._store
+        return _opened(self._store)
 
     @property
     def publisher(self) -> Publisher:
-        if self._publisher is None:
-            raise FleetError("the client is not open: use `async with AsyncClient(...)` or await client.open()")
-        return self._publisher
+        return _opened(self._publisher)
 
     async def submit(
         self,
@@ -125,19 +122,15 @@ class AsyncClient:
             metadata=metadata or {},
             traceparent=traceparent,
         )
-        self.store  # noqa: B018 - says so if the client is not open
-        assert self._submitter is not None
-        outcome = await self._submitter.submit(submission)
+        outcome = await _opened(self._submitter).submit(submission)
         if isinstance(outcome, FleetError):
             raise outcome
         return AsyncJob(self, outcome)
 
     async def submit_many(self, group: Sequence[Submission]) -> "list[AsyncJob | FleetError]":
         """One outcome per submission, in order; confirms are pipelined. Raises nothing for a single one."""
-        self.store  # noqa: B018
-        assert self._submitter is not None
         mine = [one if one.tenant != "default" else replace(one, tenant=self._tenant) for one in group]
-        outcomes = await self._submitter.submit_many(mine)
+        outcomes = await _opened(self._submitter).submit_many(mine)
         return [AsyncJob(self, one) if isinstance(one, Accepted) else one for one in outcomes]
 
     async def status(self, job_id: JobId) -> JobStatus:
@@ -214,6 +207,12 @@ def with_urls(settings: Settings, broker_url: str | None, store_url: str | None,
     if namespace is not None:
         changed["namespace"] = namespace
     return settings.model_copy(update=changed)
+
+
+def _opened(part: T | None) -> T:
+    if part is None:
+        raise FleetError("the client is not open: use `async with AsyncClient(...)` or await client.open()")
+    return part
 
 
 async def _open_broker(settings: Settings, topology: Topology) -> Broker:
