@@ -8,10 +8,19 @@ variable, the value (unless secret) and what was expected.
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -87,7 +96,7 @@ class GatewaySettings(_Group):
 
 class WorkerSettings(_Group):
     engine: Literal["auto", "vllm", "torch", "simulated"] = "auto"  # auto: vllm, then torch; never simulated
-    model: str = "starter"  # ALIAS, or ALIAS=DIRECTORY_OR_HUGGING_FACE_ID
+    model: str = "starter"  # ALIAS, or ALIAS=DIRECTORY_OR_HUGGING_FACE_ID; several separated by commas
     lanes: tuple[Lane, ...] = tuple(Lane)
     set_alias: bool = False  # point the alias at this worker's revision even if it names another one
     look_ahead: Annotated[float, Field(ge=0, le=4)] = 0.25  # of the slots: claimed jobs kept ready
@@ -115,6 +124,13 @@ class EngineSettings(_Group):
     enable_prefix_caching: bool = True
     latency_table: Path | None = None  # simulated engine: JSON as in worker/codeyard/worker/data; None: the shipped one
     time_scale: PositiveFloat = 1.0  # simulated engine: 0.1 is ten times faster than the table
+
+
+class ModelSettings(_Group):
+    """What differs for one model, by its alias."""
+
+    engine: dict[str, Any] = Field(default_factory=dict)  # settings of the engine group, for this model only
+    adapters: dict[str, str] = Field(default_factory=dict)  # LoRA: name -> directory; served as ALIAS@NAME
 
 
 class Promise(_Group):
@@ -170,6 +186,25 @@ class Settings(BaseSettings):
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
+    models: dict[str, ModelSettings] = Field(default_factory=dict)  # by alias
+
+    @model_validator(mode="after")
+    def _models_fit(self) -> Self:
+        for alias in self.models:
+            try:
+                self.engine_of(alias)
+            except SettingsError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def engine_of(self, alias: str) -> EngineSettings:
+        """The engine group with what `models` says for this alias on top. Raises SettingsError."""
+        if (own := self.models.get(alias)) is None or not own.engine:
+            return self.engine
+        try:
+            return EngineSettings.model_validate({**self.engine.model_dump(), **own.engine})
+        except ValidationError as error:
+            raise SettingsError(_explain(error, f"CODEYARD_MODELS: {alias}.engine.")) from None
 
     @classmethod
     def settings_customise_sources(
@@ -217,11 +252,14 @@ def _check_scheme(url: str, known: set[str]) -> str:
     return url
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, inside: str = "") -> str:
     lines = []
     for item in error.errors(include_url=False):
         names = [str(part) for part in item["loc"]]
-        variable = "CODEYARD_" + "_".join(names).upper()
+        if not names:  # of the whole, as checked by a validator of ours
+            lines.append(item["msg"].removeprefix("Value error, "))
+            continue
+        variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
         value = "" if names[-1] == "url" else f" (got {item['input']!r:.80})"
         lines.append(f"{variable}: {item['msg']}{value}")
     return "; ".join(lines)
