@@ -20,10 +20,10 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.job import Lane
 from codeyard.shared.settings import BrokerSettings, StoreSettings
-from codeyard.shared.store.port import Alias
 from codeyard.shared.topology import Topology
 
 REVISION = "bench-1"
@@ -69,7 +69,7 @@ async def _declare(url: str) -> None:
     broker = await open_broker(BrokerSettings(url=url), topology)
     store = await open_store(StoreSettings(url=url), topology)
     await broker.declare([topology.job_queue(REVISION, lane) for lane in Lane])
-    await store.set_alias(Alias("bench", REVISION), only_if_absent=False)
+    await store.swap_alias(None, Alias("bench", REVISION))
     await store.close()
     await broker.close()
 

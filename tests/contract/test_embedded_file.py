@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 from support.store_calls import commit_of, make_job, reservation_of, run_jobs
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.embedded import file as embedded_file
 from codeyard.shared.embedded import place
 from codeyard.shared.embedded.clock import FileClock
 from codeyard.shared.embedded.failure import FileUnavailable, NoAnswer
 from codeyard.shared.embedded.file import EmbeddedFile
 from codeyard.shared.embedded.place import embedded_path, file_system
+from codeyard.shared.embedded.schema import APPLICATION_ID, SCHEMA
 from codeyard.shared.embedded.transactions import Work
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 from codeyard.shared.job import Lane
@@ -154,6 +156,22 @@ async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="format 99"):
         await open_store(path)
+
+
+async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
+    """An update must not make a user throw the yard away."""
+    path = tmp_path / "yard.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(SCHEMA.replace("document TEXT NOT NULL", "revision TEXT NOT NULL, context_tokens INTEGER"))
+        db.execute("INSERT INTO aliases VALUES ('codeyard', 'starter', 'starter-1', 2048)")
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+
+    store = await open_store(path)
+
+    assert await store.aliases() == {"starter": Alias("starter", "starter-1", 2_048)}
+    await store.close()
 
 
 # Shared commits ------------------------------------------------------------------------------------

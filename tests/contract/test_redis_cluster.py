@@ -7,9 +7,10 @@ import pytest
 from support.redis_server import OwnRedis, running_redis
 from support.store_calls import claim_of, commit_of, make_job, reservation_of
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.record import State
 from codeyard.shared.settings import StoreSettings
-from codeyard.shared.store.port import Alias, ClaimVerdict, CommitVerdict, ReserveVerdict
+from codeyard.shared.store.port import ClaimVerdict, CommitVerdict, ReserveVerdict
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.topology import Topology, store_shard
 
@@ -61,7 +62,7 @@ async def test_the_indexes_of_all_shards_are_looked_through(store: RedisStore) -
     assert set(await store.due(100)) == {job.id for job in jobs}
     assert {record.id for record in await store.recent(100)} == {job.id for job in jobs}
     assert {record.state for record in await store.recent(100)} == {State.RESERVED}
-    assert await store.set_alias(Alias("m", "m-1"), only_if_absent=True) == Alias("m", "m-1")
+    assert await store.swap_alias(None, Alias("m", "m-1")) == Alias("m", "m-1")
     assert await store.aliases() == {"m": Alias("m", "m-1")}
     assert (await store.ping()).startswith("redis ")
 

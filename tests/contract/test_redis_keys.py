@@ -9,10 +9,11 @@ import pytest
 from support.redis_server import OwnRedis, running_redis
 from support.store_calls import claim_of, commit_of, make_job, reservation_of, run_jobs, tokens
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.errors import MalformedMessage
 from codeyard.shared.record import Event, EventKind, Record, State
 from codeyard.shared.settings import StoreSettings
-from codeyard.shared.store.port import Alias, Append, CancelVerdict, RecoverVerdict, Recovery
+from codeyard.shared.store.port import Append, CancelVerdict, RecoverVerdict, Recovery
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.store.redis_codec import FIELDS, NUM_RECENT
 from codeyard.shared.topology import Topology, store_shard
@@ -65,7 +66,7 @@ async def test_nothing_but_jobs_indexes_and_aliases_is_kept(store: RedisStore, s
     """The wire contract lists every key there is."""
     (claimed,) = await run_jobs(store, job := make_job())
     await store.commit([commit_of(job, claimed)])
-    await store.set_alias(Alias("m", "m-1"), only_if_absent=False)
+    await store.swap_alias(None, Alias("m", "m-1"))
 
     shard = f"keys:{{s{store_shard(job.id):02d}}}"
     assert set(await server.command("KEYS", "*")) == {

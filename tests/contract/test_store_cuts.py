@@ -12,10 +12,11 @@ import pytest
 from support.store_calls import claim_of, commit_of, make_job, reservation_of, tokens
 from support.stores import StoreYard, record_of, stream_of
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import Job
 from codeyard.shared.record import Record
-from codeyard.shared.store.port import Alias, Append, Claimed, ClaimVerdict, Queued, Recovery, Release, Renewal, Store
+from codeyard.shared.store.port import Append, Claimed, ClaimVerdict, Queued, Recovery, Release, Renewal, Store
 
 TIMES = {"lease_until", "created_at", "queued_at", "started_at", "finished_at", "deadline_at", "check_at", "expires_at"}
 NO_CLAIM = Claimed(ClaimVerdict.RUN)
@@ -111,12 +112,11 @@ async def test_a_claim_that_was_cut_gives_its_owner_the_same_right(store: Store,
     assert committed.verdict == "committed"
 
 
-@pytest.mark.parametrize("only_if_absent", [False, True])
-async def test_pointing_an_alias_twice_points_it_once(store: Store, only_if_absent: bool) -> None:
+async def test_pointing_an_alias_twice_points_it_once(store: Store) -> None:
     """A worker repeats it at start until the store has answered."""
     alias = Alias("m", "m-1", 2_048)
 
-    answers = [await store.set_alias(alias, only_if_absent=only_if_absent) for _ in range(2)]
+    answers = [await store.swap_alias(None, alias) for _ in range(2)]
 
     assert answers == [alias, alias]
     assert await store.aliases() == {"m": alias}

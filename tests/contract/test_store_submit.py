@@ -7,10 +7,10 @@ import pytest
 from support.store_calls import claim_of, commit_of, make_job, reservation_of, run_jobs
 from support.stores import StoreYard, record_of, stream_of
 
+from codeyard.shared.alias import Alias, Phase, Rollout, Target
 from codeyard.shared.job import Job, Lane
 from codeyard.shared.record import State
 from codeyard.shared.store.port import (
-    Alias,
     Claim,
     ClaimVerdict,
     Queued,
@@ -199,16 +199,30 @@ async def test_the_newest_records_come_first_and_no_more_than_asked(stores: Stor
     assert await store.recent(0) == []
 
 
-async def test_an_alias_is_kept_or_moved_as_asked(store: Store) -> None:
-    """A second worker of another revision must not silently redirect new jobs to itself."""
-    first, second = Alias("starter", "starter-1", 2_048), Alias("starter", "starter-2")
+async def test_an_alias_moves_only_from_what_was_read(store: Store) -> None:
+    """Two who move it at once must not both believe that they did; a second worker must not redirect new jobs."""
+    first, second, third = Alias("starter", "starter-1", 2_048), Alias("starter", "starter-2"), Alias("starter", "s-3")
 
-    assert await store.set_alias(first, only_if_absent=True) == first
-    assert await store.set_alias(second, only_if_absent=True) == first
+    assert await store.swap_alias(None, first) == first
+    assert await store.swap_alias(None, second) == first
     assert await store.aliases() == {"starter": first}
-    assert await store.set_alias(second, only_if_absent=False) == second
-    assert await store.set_alias(Alias("other", "o-1"), only_if_absent=False) == Alias("other", "o-1")
+    assert await store.swap_alias(first, second) == second
+    assert await store.swap_alias(first, third) == second
+    assert await store.swap_alias(first, second) == second  # again: the answer was lost
+    assert await store.swap_alias(Alias("other", "o-9"), Alias("other", "o-1")) == Alias("other", "o-1")
     assert await store.aliases() == {"starter": second, "other": Alias("other", "o-1")}
+
+
+async def test_an_alias_keeps_its_rollout(store: Store) -> None:
+    """All about it is one document: what is read is what was written."""
+    rollout = Rollout(
+        "r", Phase.CANARY, Target("m-1"), "/models/two", 10, Target("m-2", "/models/two", 4_096), 1.5, 9.0
+    )
+    alias = Alias("m", "m-1", 2_048, shards=8, shards_per_tenant=3, rollout=rollout)
+
+    await store.swap_alias(None, alias)
+
+    assert await store.aliases() == {"m": alias}
 
 
 async def test_two_fleets_on_one_server_do_not_see_each_other(stores: StoreYard, store: Store) -> None:
@@ -216,7 +230,7 @@ async def test_two_fleets_on_one_server_do_not_see_each_other(stores: StoreYard,
     other = await stores.open(Topology(f"{stores.topology.namespace}-b"))
     job, changed = make_job("key"), make_job("key", prompt="class A:")
     await store.reserve([reservation_of(job)])
-    await store.set_alias(Alias("m", "m-1"), only_if_absent=False)
+    await store.swap_alias(None, Alias("m", "m-1"))
 
     [reserved] = await other.reserve([reservation_of(changed)])
 

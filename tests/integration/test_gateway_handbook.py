@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from support.gateway import REVISION, GatewayUnderTest, gateway_running, settings_for, working
 
-from codeyard.shared.store.port import Alias
+from codeyard.shared.alias import Alias
 
 PAGE = Path(__file__).parents[2] / "docs" / "http-api.md"
 EXAMPLE = re.compile(r"```sh\n(.*?)```\n```http\n(.*?)```", re.S)
@@ -22,7 +22,7 @@ EVERY_HEADER_MATTERS = {"content-type", "preference-applied", "cache-control", "
 async def gateway(tmp_path: Path, namespace: str) -> AsyncIterator[GatewayUnderTest]:
     url = f"sqlite:///{tmp_path / 'yard.db'}"
     async with gateway_running(settings_for(url, url, namespace)) as running:
-        await running.store.set_alias(Alias("starter", REVISION), only_if_absent=False)
+        await running.store.swap_alias(None, Alias("starter", REVISION))
         yield running
 
 

@@ -10,12 +10,13 @@ import aio_pika
 import httpx
 
 from codeyard.producer.gateway.serve import run_gateway
+from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.job import Lane
 from codeyard.shared.record import Event, EventKind, Result, State, Usage
 from codeyard.shared.settings import BrokerSettings, GatewaySettings, Settings, StoreSettings
-from codeyard.shared.store.port import Alias, Append, AppendVerdict, Claim, ClaimVerdict, Commit, CommitVerdict, Store
+from codeyard.shared.store.port import Append, AppendVerdict, Claim, ClaimVerdict, Commit, CommitVerdict, Store
 from codeyard.shared.topology import DELAY_STEPS_S, Topology
 
 MODEL = "tiny"
@@ -145,7 +146,7 @@ async def declared(settings: Settings) -> AsyncIterator[tuple[Broker, Store]]:
         stack.push_async_callback(store.close)
         queues = [topology.job_queue(REVISION, lane) for lane in Lane]
         await broker.declare(queues)
-        await store.set_alias(Alias(MODEL, REVISION), only_if_absent=False)
+        await store.swap_alias(None, Alias(MODEL, REVISION))
         try:
             yield broker, store
         finally:

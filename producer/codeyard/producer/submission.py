@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Message, Publisher, PublishOutcome
 from codeyard.shared.envelope import new_nonce, seal
 from codeyard.shared.errors import (
@@ -33,7 +34,7 @@ from codeyard.shared.errors import (
 )
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, job_id_for_key, new_job_id
 from codeyard.shared.record import Record, State
-from codeyard.shared.store.port import Alias, Queued, Reservation, Reserved, ReserveVerdict, Store
+from codeyard.shared.store.port import Queued, Reservation, Reserved, ReserveVerdict, Store
 from codeyard.shared.topology import Topology
 
 T = TypeVar("T")
@@ -234,7 +235,7 @@ def _job(asked: Submission, alias: Alias) -> Job:
         tenant=asked.tenant,
         key=job_id if key is None else key,
         model=asked.model,
-        revision=alias.revision,
+        revision=alias.pin(job_id).revision,
         lane=asked.lane,
         prompt=asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt),
         sampling=sampling.model_dump() if isinstance(sampling, Sampling) else dict(sampling),

@@ -11,13 +11,14 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.envelope import new_nonce
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.reconciler import run_reconciler, settle_dropped
 from codeyard.shared.settings import Settings
-from codeyard.shared.store.port import Alias, Store
+from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics, start_metrics_server
 from codeyard.shared.topology import Topology
 from codeyard.worker.engines.models import parse_model
@@ -106,7 +107,10 @@ class Worker:
         """New jobs for the alias go to this revision, unless it names another one already."""
         info = self._engine.info
         mine = Alias(self._alias, info.revision, info.context_tokens)
-        now = await persist(lambda: self._store.set_alias(mine, only_if_absent=not self._settings.worker.set_alias))
+        now = await persist(lambda: self._store.swap_alias(None, mine))
+        move = self._settings.worker.set_alias
+        while (wanted := now.claimed_by(mine, move=move)) != now:
+            now = await persist(lambda: self._store.swap_alias(now, wanted))  # noqa: B023 - awaited before they move
         if now.revision != info.revision:
             log.warning(
                 "alias_points_elsewhere",

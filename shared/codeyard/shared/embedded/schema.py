@@ -15,7 +15,7 @@ from codeyard.shared.errors import SettingsError
 T = TypeVar("T")
 
 APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
-VERSION = 1
+VERSION = 2
 OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
 LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
 
@@ -38,7 +38,7 @@ CREATE TRIGGER job_gone AFTER DELETE ON jobs BEGIN
     DELETE FROM events WHERE number = OLD.number;
 END;
 CREATE TABLE aliases (
-    namespace TEXT NOT NULL, name TEXT NOT NULL, revision TEXT NOT NULL, context_tokens INTEGER,
+    namespace TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (namespace, name)) STRICT, WITHOUT ROWID;
 
 -- `free` counts messages without a consumer; triggers keep it, so that no path can forget to.
@@ -62,6 +62,19 @@ WHEN (OLD.consumer IS NULL) <> (NEW.consumer IS NULL) BEGIN
     UPDATE queues SET free = free + iif(NEW.consumer IS NULL, 1, -1) WHERE number = NEW.queue;
 END;
 """
+
+# What makes a file of format N one of N + 1, keyed by N.
+UPGRADES = {
+    1: """
+CREATE TABLE aliases_2 (
+    namespace TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
+    PRIMARY KEY (namespace, name)) STRICT, WITHOUT ROWID;
+INSERT INTO aliases_2 SELECT namespace, name,
+    json_object('revision', revision, 'context_tokens', context_tokens) FROM aliases;
+DROP TABLE aliases;
+ALTER TABLE aliases_2 RENAME TO aliases;
+"""
+}
 
 
 def prepare(path: Path, *, patience_s: float) -> None:
@@ -126,7 +139,12 @@ def _make_or_check(db: sqlite3.Connection, path: Path) -> None:
             db.execute(f"PRAGMA user_version = {VERSION}")
         elif owner != APPLICATION_ID:
             raise SettingsError(f"{path} is the database of another program; name another path")
-        elif version != VERSION:
+        elif version < VERSION:
+            for step in range(version, VERSION):
+                for statement in _statements(UPGRADES[step]):
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        elif version > VERSION:
             raise SettingsError(f"{path} has format {version}, this version reads {VERSION}; name another path")
         db.execute("COMMIT")
     finally:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.job import Job, JobId
 from codeyard.shared.record import Event, Record, Result
 
@@ -209,15 +210,6 @@ class Recovered:
     record: Record | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """Which revision new jobs of a model are pinned to."""
-
-    name: str
-    revision: str
-    context_tokens: int | None = None  # the model's context length, where known
-
-
 class Wakeup(Protocol):
     async def wait(self, timeout_s: float) -> None:
         """Return when the job may have changed, or after `timeout_s`. A hint: always read after."""
@@ -261,8 +253,9 @@ class Store(Protocol):
 
     async def aliases(self) -> Mapping[str, Alias]: ...
 
-    async def set_alias(self, alias: Alias, *, only_if_absent: bool) -> Alias:
-        """Point an alias at a revision, or with `only_if_absent` leave one that is there. Returns what holds now."""
+    async def swap_alias(self, expected: Alias | None, new: Alias) -> Alias:
+        """Set an alias if `expected`, or nothing, is there now. Returns what is there then: `new` if it was
+        set, by this call or an earlier one whose answer was lost. The one way an alias changes."""
 
     async def ping(self) -> str:
         """Name and version of the server, e.g. "redis 7.0.15". Raises StoreUnavailable."""

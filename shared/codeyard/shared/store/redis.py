@@ -19,12 +19,12 @@ from contextlib import AbstractAsyncContextManager
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.job import JobId
 from codeyard.shared.record import Event, Record
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.store import redis_codec as codec
 from codeyard.shared.store.port import (
-    Alias,
     Append,
     AppendVerdict,
     CancelVerdict,
@@ -49,6 +49,15 @@ from codeyard.shared.store.redis_wakeups import Wakeups
 from codeyard.shared.topology import NUM_STORE_SHARDS, Topology, store_shard
 
 RequestT = TypeVar("RequestT")
+
+SWAP = """
+local now = redis.call("HGET", KEYS[1], ARGV[1])
+if now and now ~= ARGV[2] then
+    return now
+end
+redis.call("HSET", KEYS[1], ARGV[1], ARGV[3])
+return ARGV[3]
+"""
 
 
 class RedisStore:
@@ -144,16 +153,15 @@ class RedisStore:
 
     async def aliases(self) -> Mapping[str, Alias]:
         found = await self._link.command("HGETALL", self._topology.key("aliases"))
-        return {name: codec.decode_alias(name, text) for name, text in found.items()}
+        return {name: Alias.decode(name, text) for name, text in found.items()}
 
-    async def set_alias(self, alias: Alias, *, only_if_absent: bool) -> Alias:
-        key, name, text = self._topology.key("aliases"), alias.name, codec.encode_alias(alias)
-        if not only_if_absent:
-            await self._link.command("HSET", key, name, text)
-            return alias
-        if await self._link.command("HSETNX", key, name, text):
-            return alias
-        return codec.decode_alias(name, await self._link.command("HGET", key, name))
+    async def swap_alias(self, expected: Alias | None, new: Alias) -> Alias:
+        key, name, text = self._topology.key("aliases"), new.name, new.encode()
+        before = await self._link.command("HGET", key, name)
+        if before and (there := Alias.decode(name, before)) != expected:
+            return there
+        now = await self._link.command("EVAL", SWAP, 1, key, name, before or "", text)
+        return Alias.decode(name, now)
 
     # Helpers ---------------------------------------------------------------------------------------
 

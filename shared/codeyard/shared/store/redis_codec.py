@@ -5,7 +5,6 @@ decimal seconds, whole numbers as decimal text, flags as 0 or 1, and "" for no r
 of every function here is a script in lua/. Called by: store.redis.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +15,6 @@ from codeyard.shared.errors import MalformedMessage
 from codeyard.shared.job import MAX_TIMEOUT_S, Job, JobId
 from codeyard.shared.record import Event, Record, Result
 from codeyard.shared.store.port import (
-    Alias,
     Append,
     Claim,
     Claimed,
@@ -215,15 +213,3 @@ def record(stored: Stored, *, job: Job | None = None) -> Record:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MalformedMessage(f"not a stored record: {where}: {first['msg']}") from None
-
-
-def encode_alias(alias: Alias) -> str:
-    return json.dumps({"revision": alias.revision, "context_tokens": alias.context_tokens})
-
-
-def decode_alias(name: str, text: str) -> Alias:
-    try:
-        body = json.loads(text)
-        return Alias(name, body["revision"], body["context_tokens"])
-    except (ValueError, KeyError, TypeError):
-        raise MalformedMessage(f"alias {name!r} in the store is not one of ours: {text:.80}") from None

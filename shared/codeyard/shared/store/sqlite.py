@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
+from codeyard.shared.alias import Alias
 from codeyard.shared.embedded.failure import FileUnavailable
 from codeyard.shared.embedded.file import EmbeddedFile, WallClock
 from codeyard.shared.embedded.transactions import Work
@@ -24,7 +25,6 @@ from codeyard.shared.record import Event, Record
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.store import transitions
 from codeyard.shared.store.port import (
-    Alias,
     Append,
     AppendVerdict,
     CancelVerdict,
@@ -152,23 +152,19 @@ class SqliteStore:
 
     async def aliases(self) -> Mapping[str, Alias]:
         def work(db: sqlite3.Connection, now: float) -> Mapping[str, Alias]:
-            rows = db.execute(
-                "SELECT name, revision, context_tokens FROM aliases WHERE namespace = ?", (self._namespace,)
-            )
-            return {row[0]: Alias(*row) for row in rows}
+            rows = db.execute("SELECT name, document FROM aliases WHERE namespace = ?", (self._namespace,))
+            return {name: Alias.decode(name, document) for name, document in rows}
 
         return await self._read(work)
 
-    async def set_alias(self, alias: Alias, *, only_if_absent: bool) -> Alias:
+    async def swap_alias(self, expected: Alias | None, new: Alias) -> Alias:
         def work(db: sqlite3.Connection, now: float) -> Alias:
-            key = (self._namespace, alias.name)
-            taken = "NOTHING" if only_if_absent else "UPDATE SET revision = ?3, context_tokens = ?4"
-            db.execute(
-                f"INSERT INTO aliases VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO {taken}",
-                (*key, alias.revision, alias.context_tokens),
-            )
-            row = db.execute("SELECT revision, context_tokens FROM aliases WHERE namespace = ? AND name = ?", key)
-            return Alias(alias.name, *row.fetchone())
+            key = (self._namespace, new.name)
+            row = db.execute("SELECT document FROM aliases WHERE namespace = ? AND name = ?", key).fetchone()
+            if row is not None and (there := Alias.decode(new.name, row[0])) != expected:
+                return there
+            db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (*key, new.encode()))
+            return new
 
         return await self._write(work)
 
