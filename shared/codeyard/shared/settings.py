@@ -113,6 +113,7 @@ class EngineSettings(_Group):
     """Passed to the engine that is used; the others ignore what is not theirs."""
 
     max_running: PositiveInt = 64  # slots (vLLM: max_num_seqs)
+    scheduling_policy: Literal["priority", "fcfs"] = "priority"  # vLLM: lanes count inside too; fcfs: to compare
     dtype: str = "auto"
     device: str = "auto"  # torch engine: cpu, cuda, cuda:0, mps; auto takes an accelerator if there is one
     max_model_len: PositiveInt | None = None  # tokens; None: what the model's config says

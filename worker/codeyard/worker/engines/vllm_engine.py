@@ -253,7 +253,7 @@ def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
     arguments = AsyncEngineArgs(
         model=source.location,
         max_num_seqs=settings.max_running,
-        scheduling_policy="priority",
+        scheduling_policy=settings.scheduling_policy,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         gpu_memory_utilization=settings.gpu_memory_utilization,
