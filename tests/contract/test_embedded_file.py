@@ -163,7 +163,7 @@ async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "yard.db"
     with closing(sqlite3.connect(path)) as db:
         db.executescript(SCHEMA.replace("document TEXT NOT NULL", "revision TEXT NOT NULL, context_tokens INTEGER"))
-        db.execute("INSERT INTO aliases VALUES ('codeyard', 'starter', 'starter-1', 2048)")
+        db.execute("INSERT INTO aliases VALUES ('file', 'starter', 'starter-1', 2048)")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
         db.commit()
