@@ -216,7 +216,7 @@ async def test_an_alias_moves_only_from_what_was_read(store: Store) -> None:
 async def test_an_alias_keeps_its_rollout(store: Store) -> None:
     """All about it is one document: what is read is what was written."""
     rollout = Rollout(
-        "r", Phase.CANARY, Target("m-1"), "/models/two", 10, Target("m-2", "/models/two", 4_096), 1.5, 9.0
+        "r", Phase.CANARY, Target("m-1"), "/models/two", 10, Target("m-2", "/models/two", 4_096), 1.5, "why"
     )
     alias = Alias("m", "m-1", 2_048, shards=8, shards_per_tenant=3, rollout=rollout)
 

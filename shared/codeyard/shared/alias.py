@@ -42,7 +42,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """The newest rollout of an alias, under way or over. Times are seconds since the epoch."""
+    """The newest rollout of an alias, under way or over."""
 
     id: str
     phase: Phase
@@ -50,8 +50,7 @@ class Rollout:
     location: str  # of the new revision
     percent: int = 100  # of new jobs it takes while `canary`; 100: all at once
     new: Target | None = None  # known when the first worker has loaded it
-    started_at: float = 0.0
-    prepare_until: float = 0.0  # not ready everywhere by then: failed
+    started_at: float = 0.0  # for people; nothing is decided by it
     reason: str = ""  # why it failed or went back
 
 

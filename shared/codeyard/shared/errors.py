@@ -113,6 +113,10 @@ class Forbidden(FleetError):
     """Valid credentials without the right for this. HTTP 403."""
 
 
+class RolloutRefused(FleetError):
+    """The model's rollout is not where this could be done. HTTP 409."""
+
+
 class SettingsError(FleetError):
     """A setting cannot be used. The message names the variable, the value and what was expected."""
 
