@@ -189,7 +189,10 @@ class Metrics:
             "codeyard_queue_wait_seconds", "From a job's record to its claim by this worker.", "lane", _WAITS
         )
         self.first_token = self._histogram(
-            "codeyard_first_token_seconds", "From a job's record to its first token.", "lane", _WAITS
+            "codeyard_first_token_seconds",
+            "From a job's record to its first token, or to its end if it does not stream.",
+            "lane",
+            _WAITS,
         )
         self.generate = self._histogram(
             "codeyard_generate_seconds", "From admission to the engine to the last token of a job.", "lane", _RUNS

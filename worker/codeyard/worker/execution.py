@@ -58,6 +58,8 @@ async def execute(
                     async for delta in deltas:
                         if delta.token_ids and first_s is None:
                             first_s = time.monotonic()
+                            if not held.log.token_ids:
+                                held.first_token_s = first_s
                         held.log.add(delta)
                         on_delta(held, delta)
                         if delta.finish_reason is not None:

@@ -81,6 +81,7 @@ class HeldJob:
     deadline_s: float
     log: TokenLog
     alone: bool = False  # runs by itself under this fence, as the store knows
+    first_token_s: float | None = None  # when this worker had its first token; None if an earlier owner had it
     alone_crashes: int = 0  # engines that died under it while it ran alone, in this process
     stop_reason: str | None = None  # why it was told to stop: cancelled, lost, preempted, drained
     abandoned: bool = False  # its engine died without ending it, so its task was cancelled

@@ -215,8 +215,9 @@ class Settler:
         self._metrics.jobs.labels(model=job.model, lane=job.lane, outcome=result.state).inc()
         self._metrics.tokens.labels(model=job.model, kind="prompt").inc(result.usage.prompt_tokens)
         self._metrics.tokens.labels(model=job.model, kind="completion").inc(result.usage.completion_tokens)
-        if result.first_token_s is not None:
-            self._metrics.first_token.labels(lane=job.lane).observe(result.first_token_s)
+        first_token_s = None if held.first_token_s is None else held.first_token_s - held.submitted_s
+        if first_token_s is not None:
+            self._metrics.first_token.labels(lane=job.lane).observe(first_token_s)
         if result.generate_s is not None:
             self._metrics.generate.labels(lane=job.lane).observe(result.generate_s)
         log.info(
@@ -228,6 +229,7 @@ class Settler:
                 "outcome": result.state,
                 "queue_wait_s": round(held.claimed_s - held.submitted_s, 3),
                 "generate_s": round(result.generate_s or 0.0, 3),
+                **({} if first_token_s is None else {"first_token_s": round(first_token_s, 3)}),
                 **({"error": result.error.code} if result.error else {}),
             },
         )
