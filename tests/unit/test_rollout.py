@@ -1,14 +1,17 @@
 """A rollout's steps are plain functions: each arrow of the picture in shared/rollout.py, and what never happens."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from codeyard.shared.alias import Alias, Phase, Target
-from codeyard.shared.errors import RolloutRefused
-from codeyard.shared.rollout import Readiness, Report, advance, begin, promote, roll_back, waits_for
+from codeyard.shared.errors import RolloutRefused, UnknownModel
+from codeyard.shared.rollout import Readiness, Report, advance, begin, change, promote, roll_back, waits_for
+from codeyard.shared.store.port import Store
 
 OLD = Alias("coder", "coder-1", 4_096, shards=4, shards_per_tenant=2)
 NEW = Target("coder-2", "/models/two", 8_192)
@@ -152,3 +155,34 @@ def test_no_job_is_pinned_to_what_a_worker_cannot_serve(
             assert was_ready
         if phase(before).over:
             assert alias == before
+
+
+class _Contended:
+    """A store on which somebody else moves the alias between every read and write, some times."""
+
+    def __init__(self, alias: Alias, times: int) -> None:
+        self.alias, self.times = alias, times
+
+    async def aliases(self) -> Mapping[str, Alias]:
+        return {self.alias.name: self.alias}
+
+    async def swap_alias(self, expected: Alias | None, new: Alias) -> Alias:
+        if self.times:
+            self.times -= 1
+            self.alias = replace(self.alias, context_tokens=(self.alias.context_tokens or 0) + 1)
+        if self.alias == expected:
+            self.alias = new
+        return self.alias
+
+
+async def test_a_change_is_decided_anew_when_the_alias_moved() -> None:
+    """Nobody's write is lost under another's."""
+    store = cast(Store, _Contended(OLD, times=2))
+
+    alias = await change(store, "coder", lambda now: replace(now, revision=f"{now.revision}+"))
+
+    assert (alias.revision, alias.context_tokens) == ("coder-1+", 4_098)
+    assert await store.aliases() == {"coder": alias}
+    assert await change(store, "coder", lambda now: now) == alias
+    with pytest.raises(UnknownModel):
+        await change(store, "nobody", lambda now: now)

@@ -1,4 +1,4 @@
-"""How a rollout goes on: plain functions from an alias to the alias it becomes.
+"""How a rollout goes on: plain functions from an alias to the alias it becomes, and one that writes it.
 
     begin -> prepare -> canary -> drain -> done
                 |  '------^ (percent 100) ^
@@ -12,12 +12,13 @@ worker that cannot load within its own time limit reports that, one that died is
 Called by: worker.rollouts (advance), the gateway and `codeyard models` (begin, promote, roll_back).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from codeyard.shared.alias import Alias, Phase, Rollout, Target
-from codeyard.shared.errors import RolloutRefused
+from codeyard.shared.errors import RolloutRefused, UnknownModel
+from codeyard.shared.store.port import Store
 
 
 class Readiness(StrEnum):
@@ -153,3 +154,18 @@ def _pointed(alias: Alias, target: Target, rollout: Rollout) -> Alias:
 
 def _failed(alias: Alias, rollout: Rollout, reason: str) -> Alias:
     return replace(alias, rollout=replace(rollout, phase=Phase.FAILED, reason=reason))
+
+
+async def change(store: Store, name: str, decide: Callable[[Alias], Alias]) -> Alias:
+    """Write what `decide` makes of the alias, decided anew if somebody else moved it meanwhile.
+
+    Raises UnknownModel, StoreUnavailable, and what `decide` raises.
+    """
+    alias = (await store.aliases()).get(name)
+    if alias is None:
+        raise UnknownModel(name)
+    while (wanted := decide(alias)) != alias:
+        alias = await store.swap_alias(alias, wanted)
+        if alias == wanted:
+            break
+    return alias
