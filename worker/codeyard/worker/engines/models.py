@@ -1,6 +1,7 @@
 """Which weights a model argument means, and their revision: a name that changes when the weights do."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -62,18 +63,29 @@ def parse_model(argument: str) -> ModelSource:
     return ModelSource(alias, location, f"{alias}-{hashlib.sha256(location.encode()).hexdigest()[:8]}")
 
 
+def context_tokens(source: ModelSource) -> int | None:
+    """The context length in a model's own config, before it is loaded; None where it does not say."""
+    try:
+        config = json.loads((Path(source.location) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    tokens = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return tokens if isinstance(tokens, int) else None
+
+
 def starter_directory() -> Path:
     """The packaged 3.3-million-parameter model; docs/starter-model.md."""
     return Path(str(resources.files("codeyard.worker") / "models" / "starter"))
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, *, config: str = "config.json") -> str:
     """8 hex digits over config, tokenizer, and each weight file's name, size and edges: cheap for any size.
 
-    Raises EngineUnavailable if it is no model directory, or cannot be read.
+    Raises EngineUnavailable if it is no model directory (a LoRA adapter's config is `adapter_config.json`), or
+    cannot be read.
     """
-    if not (directory / "config.json").is_file():
-        raise EngineUnavailable(f"{directory} has no config.json: it is not a Hugging Face model directory")
+    if not (directory / config).is_file():
+        raise EngineUnavailable(f"{directory} has no {config}: it is not a Hugging Face model directory")
     digest = hashlib.sha256()
     try:
         for part in _parts(directory):
