@@ -124,6 +124,10 @@ class EngineSettings(_Group):
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     latency_table: Path | None = None  # simulated engine: JSON as in worker/codeyard/worker/data; None: the shipped one
+    sleep_mode: bool = True  # vLLM on a GPU: an idle model's weights may wait in host memory instead of on disk
+    simulated_load_s: Annotated[float, Field(ge=0)] = 0.0  # simulated engine: from disk; times time_scale
+    simulated_wake_s: Annotated[float, Field(ge=0)] = 0.0  # from sleep
+    simulated_bytes: Annotated[int, Field(ge=0)] = 0  # of device memory it says it holds
     time_scale: PositiveFloat = 1.0  # simulated engine: 0.1 is ten times faster than the table
 
 

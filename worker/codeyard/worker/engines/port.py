@@ -22,6 +22,23 @@ class EngineInfo:
     context_tokens: int  # prompt + completion
     max_running: int  # slots: jobs it can run at once
     continuous: bool  # True: joins a running batch at any step. False: takes closed batches
+    can_sleep: bool = False  # its weights can wait in host memory, with the device's memory free
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a loaded engine's processes hold, measured."""
+
+    device_bytes: int  # on its accelerator; on a CPU the same as `host_bytes`
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter: weights beside those of the engine's model."""
+
+    name: str
+    path: str  # directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +51,7 @@ class EngineJob:
     lane: Lane
     stream: bool  # deltas as they come; else one, at the end
     prefix_token_ids: tuple[int, ...] = ()
+    adapter: Adapter | None = None  # loaded when the first job asks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,19 @@ class Engine(Protocol):
         """Stop one job; its iterator ends with finish_reason "abort". Unknown ids are ignored."""
 
     def load(self) -> Load: ...
+
+    def pids(self) -> tuple[int, ...]:
+        """Its own processes, those below them included; not the worker's."""
+
+    async def memory(self) -> Memory:
+        """Measured now."""
+
+    async def sleep(self) -> None:
+        """Let the weights wait in host memory and free the device's; only while nothing runs.
+        Raises EngineUnavailable where `info.can_sleep` is False."""
+
+    async def wake(self) -> None:
+        """Be as before `sleep`."""
 
     async def close(self, *, force: bool = False) -> None:
         """Free everything, engine processes included. With `force` at once, whatever runs: every

@@ -27,7 +27,7 @@ async def start_engine(name: EngineName, source: ModelSource, settings: EngineSe
         from codeyard.worker.engines.simulated import SimulatedEngine
 
         log.info("engine_started", extra={"engine": name})
-        return SimulatedEngine(source, settings)
+        return await SimulatedEngine.start(source, settings)
     source.require_weights()
     if name != "auto":
         if not _installed(name):

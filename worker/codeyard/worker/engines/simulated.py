@@ -18,12 +18,12 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from codeyard.shared.errors import EngineDead, JobFailed, SettingsError
+from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, SettingsError
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.models import ModelSource
-from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
+from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.simulation.latency import load_table
 
 Fault = Literal["hang", "die", "fail", "exit"]
@@ -36,6 +36,7 @@ MIN_TOKENS, SPREAD_TOKENS = 16, 240  # answers have 16 to 255 tokens unless max_
 NAP_S = 0.001  # shorter sleeps are inexact: several steps are made at once instead
 LAG_S = 1.0  # of a process that was held up: time it does not try to make good
 EXIT_STATUS = 70
+FAILS = "/fails"  # of a model's location: loading it fails
 END = 0  # the end-of-text token
 PRIORITY = {lane: place for place, lane in enumerate(Lane)}
 WORDS = (
@@ -101,7 +102,10 @@ class SimulatedEngine:
             context_tokens=settings.max_model_len or CONTEXT_TOKENS,
             max_running=settings.max_running,
             continuous=True,
+            can_sleep=True,
         )
+        self._settings = settings
+        self._asleep = False
         self._table = table
         self._scale = settings.time_scale
         self._fault = fault or _table_faults(settings)
@@ -117,6 +121,15 @@ class SimulatedEngine:
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._dead: EngineDead | None = None
+
+    @classmethod
+    async def start(cls, source: ModelSource, settings: EngineSettings) -> "SimulatedEngine":
+        """After as long as the settings say that loading takes. Raises EngineUnavailable if the location is
+        `fails`: how a rollout or a cache is shown a model that does not load."""
+        await asyncio.sleep(settings.simulated_load_s * settings.time_scale)
+        if source.location.endswith(FAILS):
+            raise EngineUnavailable(f"the simulated engine cannot load {source.location}: its name says so")
+        return cls(source, settings)
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         if self._dead is not None:
@@ -157,6 +170,22 @@ class SimulatedEngine:
 
     def load(self) -> Load:
         return Load(running=self._num_running, waiting=len(self._runs) - self._num_running, steps=self._step)
+
+    def pids(self) -> tuple[int, ...]:
+        return ()
+
+    async def memory(self) -> Memory:
+        """What the settings say it holds."""
+        if self._asleep:
+            return Memory(device_bytes=0, host_bytes=self._settings.simulated_bytes)
+        return Memory(device_bytes=self._settings.simulated_bytes, host_bytes=0)
+
+    async def sleep(self) -> None:
+        self._asleep = True
+
+    async def wake(self) -> None:
+        await asyncio.sleep(self._settings.simulated_wake_s * self._scale)
+        self._asleep = False
 
     async def close(self, *, force: bool = False) -> None:
         self._die(EngineDead("the simulated engine was closed"))

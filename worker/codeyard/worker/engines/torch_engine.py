@@ -16,8 +16,10 @@ from typing import Any
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId
 from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.children import descendants
+from codeyard.worker.engines.memory import measured
 from codeyard.worker.engines.models import ModelSource
-from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
+from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 
 LOAD_S = 600.0  # a large model from a slow disk
 LAST_WORDS = 2_000  # bytes of the child's stderr, shown when it dies
@@ -36,8 +38,11 @@ class _Run:
 class TorchEngine:
     """Made by `start`. One task reads the child's frames and spreads them over the jobs' queues."""
 
-    def __init__(self, process: asyncio.subprocess.Process, stderr: "_LastWords", info: EngineInfo) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, stderr: "_LastWords", info: EngineInfo, device: str
+    ) -> None:
         self.info = info
+        self._device = device
         self._process = process
         self._stderr = stderr
         self._runs: dict[int, _Run] = {}
@@ -92,7 +97,7 @@ class TorchEngine:
             max_running=settings.max_running,
             continuous=False,
         )
-        return cls(process, stderr, info)
+        return cls(process, stderr, info, ready["device"])
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         if self._dead is not None:
@@ -121,6 +126,18 @@ class TorchEngine:
 
     def load(self) -> Load:
         return Load(running=self._running, waiting=max(0, len(self._runs) - self._running), steps=self._steps)
+
+    def pids(self) -> tuple[int, ...]:
+        return (self._process.pid, *descendants([self._process.pid]))
+
+    async def memory(self) -> Memory:
+        return await asyncio.to_thread(measured, self.pids(), self._device)
+
+    async def sleep(self) -> None:
+        raise EngineUnavailable("the torch engine has no sleep mode")
+
+    async def wake(self) -> None:
+        raise EngineUnavailable("the torch engine has no sleep mode")
 
     async def close(self, *, force: bool = False) -> None:
         """Kills the child either way: it has nothing that outlives it."""

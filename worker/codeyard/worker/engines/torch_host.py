@@ -2,7 +2,7 @@
 
     stdin   {"model", "device", "dtype", "max_model_len", "max_running"}  once
             {"op": "generate", "jobs": [...]} | {"op": "abort", "serial"}
-    stdout  {"version", "context_tokens"} | {"error"}  once
+    stdout  {"version", "context_tokens", "device"} | {"error"}  once
             {"op": "step", "running", "deltas": [...]} | {"op": "refused", "serial", "error", "code", "message"}
 
 Jobs that come while a batch runs form the next one. A thread reads stdin, so that an abort reaches a
@@ -151,7 +151,7 @@ def main() -> None:
         sys.exit(1)
     host = Host(model, send, max_running=asked["max_running"])
     threading.Thread(target=_read, args=(host,), daemon=True).start()
-    send({"version": model.version, "context_tokens": model.context_tokens})
+    send({"version": model.version, "context_tokens": model.context_tokens, "device": model.device.type})
     host.serve()
 
 

@@ -21,7 +21,8 @@ from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.children import Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.models import ModelSource
-from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load
+from codeyard.worker.engines.memory import measured
+from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class VllmEngine:
         self._kinds = RequestOutputKind
         self._dead_error = EngineDeadError
         self._client_error = VLLMClientError
+        self._device: str = llm.vllm_config.device_config.device_type
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._ends = _end_ids(llm)
         self._tokenizer = llm.get_tokenizer()
@@ -95,6 +97,7 @@ class VllmEngine:
             context_tokens=llm.model_config.max_model_len,
             max_running=settings.max_running,
             continuous=True,
+            can_sleep=_can_sleep(llm),
         )
         return cls(llm, info, stats, processes, await Reaper.start(processes))
 
@@ -143,6 +146,20 @@ class VllmEngine:
             kv_cache_used=self._stats.kv_cache_used,
             steps=self._stats.steps,
         )
+
+    def pids(self) -> tuple[int, ...]:
+        return self._processes.pids
+
+    async def memory(self) -> Memory:
+        return await asyncio.to_thread(measured, self.pids(), self._device)
+
+    async def sleep(self) -> None:
+        if not self.info.can_sleep:
+            raise EngineUnavailable(f"vllm has no sleep mode on {self._device}")
+        await self._llm.sleep(level=1, mode="wait")
+
+    async def wake(self) -> None:
+        await self._llm.wake_up()
 
     async def close(self, *, force: bool = False) -> None:
         if force:
@@ -237,6 +254,7 @@ def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
     if START_METHOD in vllm.envs.environment_variables:  # a worker has threads: a fork could inherit a held lock
         os.environ.setdefault(START_METHOD, "spawn")
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -261,6 +279,7 @@ def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
         quantization=settings.quantization,
         enforce_eager=settings.enforce_eager,
         enable_prefix_caching=settings.enable_prefix_caching,
+        enable_sleep_mode=settings.sleep_mode and current_platform.is_sleep_mode_available(),
         use_tqdm_on_load=False,
     )
     return AsyncLLM.from_engine_args(arguments, stat_loggers=[Logger])
@@ -271,6 +290,10 @@ def _end_ids(llm: Any) -> frozenset[int]:
     named = llm.model_config.try_get_generation_config().get("eos_token_id")
     ends = {llm.get_tokenizer().eos_token_id, *(named if isinstance(named, list) else [named])}
     return frozenset(ends - {None})
+
+
+def _can_sleep(llm: Any) -> bool:
+    return bool(llm.model_config.enable_sleep_mode)
 
 
 def _nothing(timeout: float | None = None) -> None:
