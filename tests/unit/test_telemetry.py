@@ -162,12 +162,12 @@ def test_two_processes_worth_of_metrics_do_not_meet() -> None:
 def test_the_workers_metrics_server_answers_on_loopback_until_closed() -> None:
     """The worker has no HTTP framework; this is its only port."""
     metrics = Metrics()
-    metrics.running.set(3)
+    metrics.running.labels(model="tiny").set(3)
 
     with start_metrics_server(0, metrics) as server:
         assert server.url.startswith("http://127.0.0.1:")
         with urllib.request.urlopen(server.url, timeout=5) as answer:
-            assert b"codeyard_running 3.0" in answer.read()
+            assert b"codeyard_running{model=\"tiny\"} 3.0" in answer.read()
 
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(server.url, timeout=5)

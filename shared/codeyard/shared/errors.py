@@ -146,3 +146,7 @@ class EngineDead(FleetError):
 
 class EngineUnavailable(FleetError):
     """The engine cannot be started here. The message says what to install or change."""
+
+
+class NoRoom(EngineUnavailable):
+    """The models in use leave no memory for this one. The message says who holds what."""

@@ -132,6 +132,7 @@ def _one_line(message: str) -> str:
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside each, which nobody reads
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400)  # s
 _RUNS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)  # s
+_LOADS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)  # s
 _TRIPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # s
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_024)  # jobs
 
@@ -157,6 +158,7 @@ class Metrics:
         self.declared: list[Declared] = []  # in this order; docs/metrics.md is checked against it
         self._gateway()
         self._worker()
+        self._models()
         self._both()
 
     def _gateway(self) -> None:
@@ -200,9 +202,9 @@ class Metrics:
         self.batch_size = self._histogram(
             "codeyard_batch_size", "Jobs running in the engine when one joins, itself included.", "", _SIZES
         )
-        self.window = self._gauge("codeyard_window", "Jobs this worker would let run in the engine at once.")
+        self.window = self._gauge("codeyard_window", "Jobs this worker would let run in the engine at once.", "model")
         self.in_hand = self._gauge("codeyard_in_hand", "Deliveries this worker holds, running or waiting.", "lane")
-        self.running = self._gauge("codeyard_running", "Jobs in the engine now.")
+        self.running = self._gauge("codeyard_running", "Jobs in the engine now.", "model")
         self.tokens = self._counter(
             "codeyard_tokens_total", "Tokens of committed jobs. kind: prompt, completion.", "model kind"
         )
@@ -223,6 +225,34 @@ class Metrics:
         )
         self.lease_lost = self._counter(
             "codeyard_lease_lost_total", "Jobs in hand that another worker took or that ended elsewhere."
+        )
+
+    def _models(self) -> None:
+        self.model_hits = self._counter("codeyard_model_hits_total", "Leases of an engine that was loaded.")
+        self.model_misses = self._counter(
+            "codeyard_model_misses_total",
+            "Leases that had to wait for a model. tier: where it was, asleep or disk.",
+            "tier",
+        )
+        self.model_load = self._histogram(
+            "codeyard_model_load_seconds",
+            "Getting a model ready, warm-up included. tier: from asleep, from disk.",
+            "tier",
+            _LOADS,
+        )
+        self.model_evictions = self._counter(
+            "codeyard_model_evictions_total", "Models put away to make room. to: asleep, disk.", "to"
+        )
+        self.model_preloads = self._counter(
+            "codeyard_model_preloads_total", "Models loaded ahead of need. outcome: used, wasted.", "outcome"
+        )
+        self.model_bytes = self._gauge(
+            "codeyard_model_bytes",
+            "Memory of loaded models. tier: awake (on the device), asleep (on the host).",
+            "tier",
+        )
+        self.model_quarantined = self._gauge(
+            "codeyard_model_quarantined_bytes", "Memory that closed engines did not give back; it counts as used."
         )
 
     def _both(self) -> None:

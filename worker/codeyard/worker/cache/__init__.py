@@ -1,0 +1,1 @@
+"""Loaded models of one worker, shared and bounded."""
