@@ -19,9 +19,9 @@ from codeyard.shared.record import EventKind, State
 from codeyard.shared.settings import Settings
 from codeyard.shared.store.port import CancelVerdict
 from codeyard.shared.topology import Topology
-from codeyard.worker import runner, service
+from codeyard.worker import runner, service, warmup
 from codeyard.worker.engines import select
-from codeyard.worker.engines.port import Delta, Engine, EngineInfo, EngineJob, Load
+from codeyard.worker.engines.port import Delta, Engine, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.engines.simulated import simulated_completion
 
 pytestmark = pytest.mark.timeout(90)
@@ -232,20 +232,33 @@ async def test_a_client_that_is_not_open_says_so() -> None:
 
 
 class StuckEngine:
-    """Takes jobs, gives nothing, and ignores being aborted and closed."""
+    """Answers its first prompt; then takes jobs, gives nothing, and ignores being aborted and closed."""
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
-        await asyncio.Event().wait()
-        yield Delta("", ())
+        if job.prompt != warmup.PROMPT:
+            await asyncio.Event().wait()
+        yield Delta("a", (1,), "length")
 
     async def abort(self, job_id: str) -> None:
         raise RuntimeError("it does not even abort")
 
     def load(self) -> Load:
         return Load(running=1, waiting=0)
+
+    def pids(self) -> tuple[int, ...]:
+        return ()
+
+    async def memory(self) -> Memory:
+        return Memory(0, 0)
+
+    async def sleep(self) -> None:
+        pass
+
+    async def wake(self) -> None:
+        pass
 
     async def close(self, *, force: bool = False) -> None:
         pass

@@ -11,7 +11,6 @@ from codeyard.shared.job import Lane
 from codeyard.shared.sharding import shards_of
 from codeyard.worker.scheduling.lanes import LaneTurns
 from codeyard.worker.scheduling.mix import MixEstimate
-from codeyard.worker.scheduling.next_model import ModelQueue, next_model
 from codeyard.worker.scheduling.port import Candidate
 from codeyard.worker.scheduling.step_time import PRIOR, StepCost, StepTime
 from codeyard.worker.scheduling.tenants import Tenants
@@ -337,47 +336,3 @@ def test_a_hand_larger_than_the_deck_is_refused(per_tenant: int) -> None:
     """A setting that cannot be meant."""
     with pytest.raises(ValueError, match="between 1 and 8"):
         shards_of("t", shards=8, per_tenant=per_tenant)
-
-
-# Which model next ----------------------------------------------------------------------------------
-
-SHARES = {Lane.INTERACTIVE: 8.0, Lane.STANDARD: 3.0, Lane.BULK: 1.0}
-
-
-def queue(lane: Lane, depth: int, oldest_s: float, load_s: float = 10.0) -> ModelQueue:
-    return ModelQueue({lane: depth}, {lane: oldest_s}, load_s)
-
-
-def test_a_worker_without_a_model_takes_the_one_that_is_missed_most() -> None:
-    """Age times depth, weighted by lane."""
-    queues = {"a": queue(Lane.BULK, 10, 5.0), "b": queue(Lane.INTERACTIVE, 2, 5.0)}
-
-    assert next_model(queues, SHARES, present=None, served_s=0.0) == "b"
-
-
-def test_even_queues_do_not_make_two_models_take_turns() -> None:
-    """Each switch costs a load in which nobody is served."""
-    queues = {"a": queue(Lane.STANDARD, 10, 20.0), "b": queue(Lane.STANDARD, 11, 20.0)}
-
-    assert next_model(queues, SHARES, present="a", served_s=100.0) == "a"
-
-
-def test_a_model_is_not_fetched_for_a_job_that_just_came() -> None:
-    """It is switched to once the wait is worth the load, and served at least as long as its load took."""
-
-    def asked(oldest_s: float, served_s: float) -> str | None:
-        queues = {"a": queue(Lane.BULK, 1, 1.0), "b": queue(Lane.INTERACTIVE, 50, oldest_s)}
-        return next_model(queues, SHARES, present="a", served_s=served_s)
-
-    assert asked(1.0, served_s=100.0) == "a"
-    assert asked(15.0, served_s=5.0) == "a"
-    assert asked(15.0, served_s=100.0) == "b"
-
-
-def test_an_empty_queue_lets_its_model_go_at_once() -> None:
-    """Nothing is gained by staying; with nothing anywhere, nothing changes."""
-    queues = {"a": queue(Lane.BULK, 0, 0.0), "b": queue(Lane.BULK, 1, 0.5)}
-
-    assert next_model(queues, SHARES, present="a", served_s=0.0) == "b"
-    assert next_model({"a": queues["a"]}, SHARES, present="a", served_s=0.0) == "a"
-    assert next_model({}, SHARES, present=None, served_s=0.0) is None

@@ -75,7 +75,7 @@ def worker(
     )
 
     def say(ready: Ready) -> None:
-        click.echo(f"worker {ready.owner} serves {ready.alias} with {ready.engine.version}")
+        click.echo(f"worker {ready.owner} serves {', '.join(ready.aliases)} with {ready.engine.version}")
 
     until_stopped(settings, lambda stop: run_worker(settings, stop, on_ready=say))
 
@@ -121,7 +121,7 @@ async def _both(settings: Settings, stop: asyncio.Event) -> None:
     from codeyard.worker.service import Ready, run_worker
 
     def say(ready: Ready) -> None:
-        click.echo(f"worker {ready.owner} serves {ready.alias} with {ready.engine.version}")
+        click.echo(f"worker {ready.owner} serves {', '.join(ready.aliases)} with {ready.engine.version}")
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run_worker(settings, stop, on_ready=say), name="worker")

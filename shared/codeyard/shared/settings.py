@@ -98,6 +98,11 @@ class WorkerSettings(_Group):
     engine: Literal["auto", "vllm", "torch", "simulated"] = "auto"  # auto: vllm, then torch; never simulated
     model: str = "starter"  # ALIAS, or ALIAS=DIRECTORY_OR_HUGGING_FACE_ID; several separated by commas
     lanes: tuple[Lane, ...] = tuple(Lane)
+    device_budget_bytes: PositiveInt | None = None  # of device memory for loaded models; None: all are kept loaded
+    host_budget_bytes: Annotated[int, Field(ge=0)] = 0  # of host memory for models asleep; 0: none sleeps
+    prepare_s: PositiveFloat = 1_800.0  # a rollout's new revision must be loaded within this
+    shards: PositiveInt = 1  # queues of each lane; more keep one tenant's flood from burying the others there
+    shards_per_tenant: PositiveInt = 1  # of them, those one tenant's jobs go to
     set_alias: bool = False  # point the alias at this worker's revision even if it names another one
     look_ahead: Annotated[float, Field(ge=0, le=4)] = 0.25  # of the slots: claimed jobs kept ready
     max_attempts: PositiveInt = 3  # runs of one job before it is dead-lettered
@@ -107,6 +112,12 @@ class WorkerSettings(_Group):
     settle_group: PositiveInt = 256  # results per round trip, at most
     hand_back_s: PositiveFloat = 300.0  # look-ahead older than this goes back (RabbitMQ's ack timeout is 30 min)
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # None: no metrics server
+
+    @model_validator(mode="after")
+    def _hand_fits(self) -> Self:
+        if self.shards_per_tenant > self.shards:
+            raise ValueError(f"shards_per_tenant ({self.shards_per_tenant}) is more than shards ({self.shards})")
+        return self
 
 
 class EngineSettings(_Group):

@@ -7,7 +7,7 @@ Called by: worker.runner.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +15,7 @@ from typing import cast
 from codeyard.shared.errors import EngineDead, JobFailed, JobRejected
 from codeyard.shared.record import Event, Failure, Result, State, Usage
 from codeyard.shared.store.port import Renewal, Store
-from codeyard.worker.engines.port import Delta, Engine, EngineJob
+from codeyard.worker.engines.port import Adapter, Delta, Engine, EngineJob
 from codeyard.worker.held import Finished, HandBack, HeldJob, Lost, Retry
 from codeyard.worker.patience import persist
 
@@ -40,10 +40,12 @@ async def execute(
     engine: Engine,
     store: Store,
     *,
+    adapters: Mapping[str, Adapter | None],
     batch_size: int,
     on_delta: Callable[[HeldJob, Delta], None],
 ) -> Attempt:
-    """Run one job to its end, its deadline, or the engine's. `on_delta` hears of every delta."""
+    """Run one job to its end, its deadline, or the engine's. `adapters` are those of every revision this
+    engine serves, None for its own; `on_delta` hears of every delta."""
     started_s, first_s = time.monotonic(), None
     finish_reason, prompt_tokens = None, 0
     error: Exception | None = None
@@ -53,7 +55,7 @@ async def execute(
             finish_reason = "length"  # complete: its earlier owner died before the commit
         else:
             async with asyncio.timeout(held.deadline_s - time.monotonic()):
-                deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held)))
+                deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, adapters)))
                 async with aclosing(deltas):
                     async for delta in deltas:
                         if delta.token_ids and first_s is None:
@@ -142,8 +144,11 @@ async def _streamed(held: HeldJob, store: Store) -> list[Event]:
     return events
 
 
-def _engine_job(held: HeldJob) -> EngineJob:
+def _engine_job(held: HeldJob, adapters: Mapping[str, Adapter | None]) -> EngineJob:
+    """Raises JobRejected for a revision whose weights are not here: another's answer would be a wrong one."""
     job = held.job
+    if job.revision not in adapters:
+        raise JobRejected("unknown_revision", f"this worker has {', '.join(adapters)}, not {job.revision}")
     return EngineJob(
         id=job.id,
         prompt=job.prompt,
@@ -151,6 +156,7 @@ def _engine_job(held: HeldJob) -> EngineJob:
         lane=job.lane,
         stream=job.stream,
         prefix_token_ids=tuple(held.log.token_ids),
+        adapter=adapters[job.revision],
     )
 
 

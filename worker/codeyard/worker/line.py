@@ -5,13 +5,13 @@
                       '---- Hand --------'  leases <- LeaseKeeper (thread, the worker's)
 
 Promise: when `serve` returns, every job this line held is settled, handed back, or lost to another owner.
-Called by: worker.service, which opens a line for each model it serves and closes it to make room.
+Called by: worker.station, which opens a line for each model it serves and closes it to make room.
 """
 
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from codeyard.shared.broker.port import Broker
@@ -20,19 +20,18 @@ from codeyard.shared.settings import Settings
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
 from codeyard.shared.topology import Topology
-from codeyard.worker.engines.port import Engine
+from codeyard.worker.catalogue import Served
 from codeyard.worker.events import EventWriter
 from codeyard.worker.hand import Hand
 from codeyard.worker.intake import Intake
 from codeyard.worker.leases import LeaseKeeper
 from codeyard.worker.patience import persist
-from codeyard.worker.runner import Runner
+from codeyard.worker.runner import EngineLease, Runner
 from codeyard.worker.scheduling.select import make_scheduler
 from codeyard.worker.settler import Settler
 
 log = logging.getLogger(__name__)
 
-DEPTH_PERIOD_S = 0.5  # how stale the backlog that the scheduler sees may be
 SHUTDOWN_S = 10.0  # for settling what a drain left; after it the rest comes back by itself
 
 
@@ -48,17 +47,31 @@ class Plant:
     leases: LeaseKeeper
     owner: str  # this worker's name; unique for every process ever started
 
+    def queues_of(self, revision: str) -> dict[Lane, tuple[str, ...]]:
+        """Every shard of every lane that this worker serves."""
+        worker = self.settings.worker
+        return {
+            lane: tuple(self.topology.job_queue(revision, lane, shard) for shard in range(worker.shards))
+            for lane in worker.lanes
+        }
+
 
 class Line:
-    """See the module. `engine` is loaded; `start` loads it anew when it died."""
+    """See the module. `backlog` is ready messages by lane, kept fresh by the caller."""
 
-    def __init__(self, plant: Plant, engine: Engine, start: Callable[[], Awaitable[Engine]]) -> None:
-        worker = plant.settings.worker
-        self.engine = engine
-        self.queues = {lane: plant.topology.job_queue(engine.info.revision, lane) for lane in worker.lanes}
+    def __init__(
+        self,
+        plant: Plant,
+        served: Served,
+        lease: EngineLease,
+        queues: Mapping[Lane, Sequence[str]],
+        backlog: Mapping[Lane, int],
+    ) -> None:
+        self.served = served
+        self.lease = lease
+        self.queues = queues
         self._plant = plant
-        self._start = start
-        self._backlog: dict[Lane, int] = {}
+        self._backlog = backlog
         self._hand = Hand(plant.leases, plant.metrics)
         self._runner: Runner | None = None
 
@@ -71,11 +84,22 @@ class Line:
         if self._runner is not None:
             self._runner.cancel(job_id)
 
+    @property
+    def num_jobs(self) -> int:
+        """In hand: waiting, running or being settled."""
+        return len(self._hand)
+
+    def waited_s(self, now_s: float) -> float:
+        """How long the job that has waited longest in hand has."""
+        return max((now_s - held.submitted_s for held in self._hand if held.first_token_s is None), default=0.0)
+
     async def serve(self, stop: asyncio.Event, on_open: Callable[["Line"], None]) -> None:
         """Consume the declared queues, run until `stop`, drain."""
-        plant, worker = self._plant, self._plant.settings.worker
-        prefetch = math.ceil(self.engine.info.max_running * (1 + worker.look_ahead))
-        consumer = await persist(lambda: plant.broker.consume(dict.fromkeys(self.queues.values(), prefetch)))
+        plant, worker, info = self._plant, self._plant.settings.worker, self.lease.engine.info
+        # One tenant's hand of shards must be able to fill the engine.
+        prefetch = math.ceil(info.max_running * (1 + worker.look_ahead) / worker.shards_per_tenant)
+        names = [name for shards in self.queues.values() for name in shards]
+        consumer = await persist(lambda: plant.broker.consume(dict.fromkeys(names, prefetch)))
         settler = Settler(
             plant.broker,
             consumer,
@@ -88,14 +112,16 @@ class Line:
         )
         writer = EventWriter(plant.store, flush_s=worker.flush_s, on_fenced=self.lose)
         runner = self._runner = Runner(
-            self.engine,
-            self._start,
-            make_scheduler(plant.settings.admission, self.engine.info),
+            self.lease,
+            make_scheduler(plant.settings.admission, info),
             plant.store,
             settler,
             writer,
             plant.metrics,
             self._backlog,
+            model=self.served.alias,
+            revision=self.served.revision,
+            adapters=self.served.adapters,
             max_attempts=worker.max_attempts,
             stall_s=worker.stall_s,
             hand_back_s=worker.hand_back_s,
@@ -108,11 +134,10 @@ class Line:
                     tasks.create_task(runner.run(), name="runner"),
                     tasks.create_task(writer.run(), name="event writer"),
                     tasks.create_task(settler.run(), name="settler"),
-                    tasks.create_task(self._watch_depth(), name="depth"),
                 ]
                 on_open(self)
                 await stop.wait()
-                log.info("line_drains", extra={"revision": self.engine.info.revision, "num_jobs": len(self._hand)})
+                log.info("line_drains", extra={"revision": self.served.revision, "num_jobs": len(self._hand)})
                 taking.cancel()
                 await consumer.stop()
                 await runner.drain(worker.drain_s)
@@ -121,13 +146,6 @@ class Line:
                     task.cancel()
         finally:
             await consumer.close()
-            await runner.close()
-
-    async def _watch_depth(self) -> None:
-        while True:
-            depths = await persist(lambda: self._plant.broker.depth(list(self.queues.values())))
-            self._backlog.update(zip(self.queues, depths, strict=True))
-            await asyncio.sleep(DEPTH_PERIOD_S)
 
 
 async def _settle_rest(settler: Settler) -> None:

@@ -3,22 +3,23 @@
     offer -> waiting -> (scheduler admits) -> running -> ending -> settler
                 ^--- preempted, engine died ---'
 
-Owns: waiting and running jobs, and the engine. Everything happens on the event loop; each running job
-is one task. An engine that dies, or hangs for `stall_s`, is replaced; its jobs run again, apart.
-Called by: worker.service. Does not know about: the broker, claims, how endings are settled.
+Owns: waiting and running jobs. Everything happens on the event loop; each running job is one task. The
+engine is leased: one that dies, or hangs for `stall_s`, is given up for another; its jobs run again, apart.
+Called by: worker.line. Does not know about: the broker, claims, how endings are settled.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.record import Failure, Result, State
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
-from codeyard.worker.engines.port import Delta, Engine
+from codeyard.worker.engines.port import Adapter, Delta, Engine
 from codeyard.worker.events import EventWriter
 from codeyard.worker.execution import Again, ending, execute
 from codeyard.worker.held import Finished, HandBack, HeldJob, Lost
@@ -33,11 +34,20 @@ MAX_ENGINE_STARTS = 5  # failures in a row; then the worker ends and says why
 TICK_S = 1.0  # deadlines of waiting jobs, look-ahead grown old, signs of life
 
 
+class EngineLease(Protocol):
+    """A loaded engine for as long as this runner needs it, from the cache that keeps it."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    async def renew(self) -> Engine:
+        """It died or hangs: free whatever it holds, by force, and load it anew. Raises EngineUnavailable."""
+
+
 class Runner:
     def __init__(
         self,
-        engine: Engine,
-        start_engine: Callable[[], Awaitable[Engine]],
+        lease: EngineLease,
         scheduler: Scheduler,
         store: Store,
         settler: Settler,
@@ -45,12 +55,17 @@ class Runner:
         metrics: Metrics,
         backlog: Mapping[Lane, int],
         *,
+        model: str,
+        revision: str,
+        adapters: Mapping[str, Adapter],
         max_attempts: int,
         stall_s: float,
         hand_back_s: float,
     ) -> None:
-        self._engine: Engine | None = engine
-        self._start_engine = start_engine
+        self._lease = lease
+        self._engine: Engine | None = lease.engine
+        self._model = model
+        self._adapters = {revision: None, **adapters}  # by the revision that jobs are pinned to
         self._scheduler = scheduler
         self._store = store
         self._settler = settler
@@ -118,10 +133,6 @@ class Runner:
                 if self._engine is not None:
                     await self._bury(self._engine)
 
-    async def close(self) -> None:
-        if self._engine is not None:
-            await _close(self._engine, force=False)
-
     # Deciding and running --------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -156,11 +167,13 @@ class Runner:
             task = tasks.create_task(self._run(held, engine, len(self._running)), name=f"job {held.id}")
             self._job_tasks[held.id] = task
         self._note_running()
-        self._metrics.window.set(self._scheduler.window)
+        self._metrics.window.labels(model=self._model).set(self._scheduler.window)
         return decision.wake_in_s
 
     async def _run(self, held: HeldJob, engine: Engine, batch_size: int) -> None:
-        attempt = await execute(held, engine, self._store, batch_size=batch_size, on_delta=self._on_delta)
+        attempt = await execute(
+            held, engine, self._store, adapters=self._adapters, batch_size=batch_size, on_delta=self._on_delta
+        )
         del self._running[held.id], self._job_tasks[held.id]
         self._scheduler.ended(held.id, time.monotonic())
         self._writer.forget(held.id)
@@ -202,7 +215,7 @@ class Runner:
             self._tasks.create_task(_abort(self._engine, job_id), name=f"abort {job_id}")
 
     def _note_running(self) -> None:
-        self._metrics.running.set(len(self._running))
+        self._metrics.running.labels(model=self._model).set(len(self._running))
         if self._running:
             self._idle.clear()
         else:
@@ -223,7 +236,7 @@ class Runner:
     async def _bury(self, engine: Engine) -> None:
         """Free what it held, and end the tasks of jobs it does not end itself."""
         mine = [self._job_tasks[job_id] for job_id in self._running]
-        await _close(engine, force=True)
+        await _force_close(engine)
         if mine:
             _, stuck = await asyncio.wait(mine, timeout=FORCE_CLOSE_S)
             for held in self._running.values():
@@ -237,7 +250,7 @@ class Runner:
             self._changed.clear()
         for num_try in range(MAX_ENGINE_STARTS):
             try:
-                engine = await self._start_engine()
+                engine = await self._lease.renew()
             except EngineUnavailable as error:
                 log.error("engine_not_started", extra={"error": str(error), "num_tries": num_try + 1})
                 await asyncio.sleep(2.0**num_try)
@@ -304,10 +317,10 @@ async def _abort(engine: Engine, job_id: JobId) -> None:
         log.warning("job_not_aborted", extra={"job": job_id, "error": str(error)})
 
 
-async def _close(engine: Engine, *, force: bool) -> None:
+async def _force_close(engine: Engine) -> None:
     try:
         async with asyncio.timeout(FORCE_CLOSE_S):
-            await engine.close(force=force)
+            await engine.close(force=True)
     except Exception as error:
         # It may have died in any way; what matters is that the worker goes on.
         log.error("engine_not_closed", exc_info=error)

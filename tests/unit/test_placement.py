@@ -1,0 +1,174 @@
+"""Which models a worker serves: decided from plain values, held to its bounds by hypothesis."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codeyard.shared.job import Lane
+from codeyard.worker.cache.forecast import Transitions
+from codeyard.worker.scheduling.placement import STARVATION_S, ModelState, Placement, place, worth
+
+SHARES = {Lane.INTERACTIVE: 8.0, Lane.STANDARD: 3.0, Lane.BULK: 1.0}
+
+
+def model(
+    lane: Lane = Lane.STANDARD, depth: int = 0, oldest_s: float = 0.0, *, ready_s: float = 10.0, size: int = 1
+) -> ModelState:
+    """One that waits on disk."""
+    return ModelState({lane: depth}, {lane: oldest_s}, size, ready_s, 10.0)
+
+
+def served(state: ModelState, served_s: float = 100.0, running: int = 0) -> ModelState:
+    return replace(state, ready_s=0.0, serving=True, served_s=served_s, num_running=running)
+
+
+def decide(budget: int | None = 1, forecast: dict[str, float] | None = None, **models: ModelState) -> Placement:
+    return place(models, SHARES, budget_bytes=budget, forecast=forecast)
+
+
+def test_the_model_that_is_missed_most_comes_first() -> None:
+    """Age times depth, weighted by lane."""
+    a, b = model(Lane.BULK, 10, 5.0), model(Lane.INTERACTIVE, 2, 5.0)
+
+    assert worth(a, SHARES) == 50.0
+    assert decide(a=a, b=b) == Placement(open=("b",))
+    assert decide(budget=2, a=a, b=b) == Placement(open=("b", "a"))
+    assert decide(budget=None, a=a, b=b) == Placement(open=("b", "a"))
+
+
+def test_of_equal_need_the_cheaper_is_first() -> None:
+    """Two seconds from sleep against ten from disk."""
+    assert decide(a=model(depth=3, oldest_s=5.0), b=model(depth=3, oldest_s=5.0, ready_s=2.0)).open == ("b",)
+
+
+def test_even_queues_do_not_make_two_models_take_turns() -> None:
+    """Each switch costs a load in which nobody is served."""
+    assert decide(a=served(model(depth=10, oldest_s=20.0)), b=model(depth=11, oldest_s=20.0)) == Placement()
+
+
+def test_a_model_is_not_fetched_for_a_job_that_just_came() -> None:
+    """It is switched to once the wait is worth the load, and what is there has served as long as its own took."""
+
+    def asked(oldest_s: float, served_s: float) -> Placement:
+        return decide(a=served(model(Lane.BULK, 1, 1.0), served_s, running=3), b=model(Lane.INTERACTIVE, 50, oldest_s))
+
+    assert asked(1.0, served_s=100.0) == Placement()
+    assert asked(15.0, served_s=5.0) == Placement()
+    assert asked(15.0, served_s=100.0) == Placement(open=("b",), close=("a",))
+
+
+def test_a_model_without_work_goes_at_once() -> None:
+    """Nothing is gained by keeping it; with nothing anywhere, nothing changes. The longest idle goes first."""
+    idle, job = served(model(), served_s=0.0), model(depth=1, oldest_s=0.5)
+
+    assert decide(a=idle, b=job) == Placement(open=("b",), close=("a",))
+    assert decide(a=idle) == Placement()
+    assert decide() == Placement()
+    older = replace(idle, idle_s=50.0)
+    assert decide(budget=2, a=idle, b=older, c=job) == Placement(open=("c",), close=("b",))
+
+
+def test_a_large_model_takes_the_place_of_as_many_as_it_needs() -> None:
+    """And is not begun where no closing makes room for it."""
+    idle, large = served(model()), model(depth=1, oldest_s=20.0, size=2)
+
+    assert decide(budget=3, a=idle, b=idle, c=idle, d=large) == Placement(open=("d",), close=("a", "b"))
+    assert decide(budget=1, a=idle, d=large) == Placement()
+
+
+def test_a_flood_for_one_model_does_not_starve_another() -> None:
+    """However much more the flood is worth."""
+    flood = served(model(Lane.INTERACTIVE, 10_000, 500.0), running=64)
+
+    assert decide(a=flood, b=model(Lane.BULK, 1, STARVATION_S - 1)) == Placement()
+    assert decide(a=flood, b=model(Lane.BULK, 1, STARVATION_S)) == Placement(open=("b",), close=("a",))
+    assert decide(a=replace(flood, served_s=9.0), b=model(Lane.BULK, 1, STARVATION_S)) == Placement()
+
+
+def test_what_comes_next_is_made_ready_while_nothing_waits() -> None:
+    """Into spare memory, or over an idle model that is clearly less likely; never over a busy one."""
+    idle, busy, cold = served(model()), served(model(), running=1), model()
+
+    assert decide(budget=2, forecast={"b": 0.5}, a=busy, b=cold) == Placement(preload="b")
+    assert decide(budget=1, forecast={"b": 0.5, "a": 0.2}, a=idle, b=cold) == Placement(preload="b", over=("a",))
+    assert decide(budget=1, forecast={"b": 0.5, "a": 0.4}, a=idle, b=cold) == Placement()
+    assert decide(budget=1, forecast={"b": 0.9}, a=busy, b=cold) == Placement()
+    assert decide(budget=2, forecast={}, a=busy, b=cold) == Placement()
+    assert decide(budget=1, forecast={"b": 0.9}, a=idle, b=cold, c=model(depth=1, oldest_s=1.0)).open == ("c",)
+
+
+STATES = st.builds(
+    ModelState,
+    depth=st.dictionaries(st.sampled_from(Lane), st.integers(0, 50)),
+    oldest_s=st.dictionaries(st.sampled_from(Lane), st.floats(0, 400)),
+    num_bytes=st.integers(1, 4),
+    ready_s=st.sampled_from([0.0, 2.0, 30.0]),
+    load_s=st.sampled_from([2.0, 30.0]),
+    serving=st.booleans(),
+    served_s=st.floats(0, 200),
+    num_running=st.integers(0, 3),
+    idle_s=st.floats(0, 100),
+)
+WORLDS = st.dictionaries(st.sampled_from("abcdef"), STATES)
+
+
+@given(WORLDS, st.integers(1, 8), st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1)))
+def test_a_decision_never_asks_for_more_memory_than_there_is(
+    models: dict[str, ModelState], budget: int, forecast: dict[str, float]
+) -> None:
+    """Whatever is asked of it: what is open and what is made ready fit together, nobody is closed for nothing,
+    and nobody who has begun only now is closed while busy."""
+    before = {name for name, state in models.items() if state.serving}
+    decision = place(models, SHARES, budget_bytes=budget, forecast=forecast)
+
+    assert decision == place(dict(reversed(models.items())), SHARES, budget_bytes=budget, forecast=forecast)
+    assert set(decision.close) <= before
+    assert not set(decision.open) & before
+    after = before - set(decision.close) | set(decision.open)
+    if decision.open:
+        assert sum(models[name].num_bytes for name in after) <= budget
+    else:
+        assert not decision.close
+    for name in decision.close:
+        state = models[name]
+        assert state.served_s >= state.load_s or not (state.waiting or state.num_running)
+    if decision.preload is not None:
+        ready = {name for name, state in models.items() if state.serving or not state.ready_s}
+        kept = ready - set(decision.over) | {decision.preload}
+        assert sum(models[name].num_bytes for name in kept) <= budget
+        assert not any(models[name].waiting or models[name].num_running for name in decision.over)
+
+
+@given(WORLDS)
+def test_with_room_for_all_nobody_waits(models: dict[str, ModelState]) -> None:
+    """Work-conserving: what waits is opened, what is open stays."""
+    decision = place(models, SHARES, budget_bytes=None)
+
+    assert set(decision.open) == {name for name, state in models.items() if state.waiting and not state.serving}
+    assert decision.close == ()
+
+
+def test_the_forecast_learns_what_follows_what() -> None:
+    """And forgets at a rate: a habit that changed does not stay for ever."""
+    habits = Transitions(half_life=8.0)
+    assert habits.forecast("abc") == {"a": 0.0, "b": 0.0, "c": 0.0}
+    for name in "abcabcabcabca":
+        habits.began(name)
+    assert max(habits.forecast("abc").items(), key=lambda item: item[1])[0] == "b"
+    for name in "cacacacacacaca":
+        habits.began(name)
+    assert max(habits.forecast("bc").items(), key=lambda item: item[1])[0] == "c"
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=3_000))
+def test_a_forecast_is_a_distribution(began: list[str]) -> None:
+    """Whatever was observed, also after its weights were rescaled."""
+    habits = Transitions(half_life=2.0)
+    for name in began:
+        habits.began(name)
+
+    likely = habits.forecast("abcd")
+
+    assert all(0.0 <= share <= 1.0 for share in likely.values())
+    assert abs(sum(likely.values()) - bool(began)) < 1e-9

@@ -1,0 +1,59 @@
+"""Which model's jobs come next: what tends to follow what.
+
+What is queued already is known and needs no forecast; that is for placement.py. This is for the time when
+nothing waits: a table of which model's work began after which, with counts that are forgotten at a rate, so
+that last week's habits do not outvote today's. Estimated as
+
+    P(next = b | last = a) = (n(a, b) + n(b) / n) / (n(a) + 1)
+
+the counts after `a`, smoothed by one observation of how frequent b is anywhere (add-one to the unigram;
+Chen and Goodman 1999, section 2.1, with a unigram prior). Pure. Called by: worker.station.
+"""
+
+from collections.abc import Iterable
+
+HALF_LIFE = 64.0  # observations until one counts half
+
+
+class Transitions:
+    """Observe which model's work begins; ask what comes next."""
+
+    def __init__(self, *, half_life: float = HALF_LIFE) -> None:
+        self._growth = 2.0 ** (1.0 / half_life)
+        self._weight = 1.0  # of the next observation: growing instead of shrinking all others
+        self._after: dict[str, dict[str, float]] = {}
+        self._anywhere: dict[str, float] = {}
+        self._last: str | None = None
+
+    def began(self, model: str) -> None:
+        """Work for this model has begun to come, after work for another or after none."""
+        if model == self._last:
+            return
+        if self._last is not None:
+            row = self._after.setdefault(self._last, {})
+            row[model] = row.get(model, 0.0) + self._weight
+        self._anywhere[model] = self._anywhere.get(model, 0.0) + self._weight
+        self._last = model
+        self._weight *= self._growth
+        if self._weight > 1e12:
+            self._rescale()
+
+    def forecast(self, models: Iterable[str]) -> dict[str, float]:
+        """How likely each of these is next, 0..1; nothing known gives 0 for all."""
+        total = sum(self._anywhere.values())
+        row = self._after.get(self._last or "", {})
+        prior = self._weight / self._growth  # one observation, as heavy as the newest
+        row_total = sum(row.values())
+        return {
+            model: (row.get(model, 0.0) + prior * self._anywhere.get(model, 0.0) / total) / (row_total + prior)
+            if total
+            else 0.0
+            for model in models
+        }
+
+    def _rescale(self) -> None:
+        scale = 1.0 / self._weight
+        for row in (self._anywhere, *self._after.values()):
+            for model in row:
+                row[model] *= scale
+        self._weight = 1.0
