@@ -332,11 +332,13 @@ class ModelCache:
 
     async def _make_room(self, spec: ModelSpec, who: str, give_up_s: float, over: Collection[str] | None) -> None:
         """Until it fits. `over` None: any engine without a lease may go, the least recently used first."""
-        while not self._fits(spec):
+        while True:
             await self._accounts.look()
+            if self._fits(spec):
+                return
             idle = [one for one in self._idle() if over is None or one.spec.revision in over]
             if idle:
-                await self._put_away(idle[0])
+                await self._put_away(idle[0], but=spec.revision)
                 continue
             if self._budget_bytes is not None and not self._leased() and not self._accounts.quarantined_bytes:
                 raise NoRoom(
@@ -354,22 +356,23 @@ class ModelCache:
             idle = [one for one in self._idle() if one.spec.revision != but]
             if not idle:
                 return
-            await self._put_away(idle[0])
+            await self._put_away(idle[0], but=but)
 
-    async def _put_away(self, handle: _Handle) -> None:
-        """To sleep if that is possible, else closed."""
-        if handle.engine.info.can_sleep and await self._sleeps(handle):
+    async def _put_away(self, handle: _Handle, *, but: str) -> None:
+        """To sleep if that is possible, else closed; `but` is what the room is for."""
+        if handle.engine.info.can_sleep and await self._sleeps(handle, but):
             self._metrics.model_evictions.labels(to=Tier.ASLEEP).inc()
             return
         self._drop(handle)
         self._metrics.model_evictions.labels(to=Tier.DISK).inc()
         await self._close(handle)
 
-    async def _sleeps(self, handle: _Handle) -> bool:
+    async def _sleeps(self, handle: _Handle, but: str) -> bool:
         need = handle.memory.device_bytes  # its weights are most of it
         if need > self._host_budget_bytes:
             return False
-        for older in [one for one in self._kept.values() if one.tier is Tier.ASLEEP and not one.leases]:
+        sleepers = [one for one in self._kept.values() if one.tier is Tier.ASLEEP and one.spec.revision != but]
+        for older in sleepers:
             if self._asleep_bytes() + need <= self._host_budget_bytes:
                 break
             self._drop(older)
