@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -40,6 +41,12 @@ def default_state_dir() -> Path:
 
 def _embedded_url() -> str:
     return f"sqlite:///{default_state_dir() / 'yard.db'}"
+
+
+MIN_SECRET_BYTES = 32  # RFC 7518, 3.2: an HMAC key is at least as long as its hash
+
+Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@|/+-]{0,127}$")]
+"""As a credential may name one: safe in keys of the store, headers and log lines."""
 
 
 class _Group(BaseModel):
@@ -92,6 +99,90 @@ class GatewaySettings(_Group):
     max_body_bytes: PositiveInt = MAX_JOB_BYTES
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
+
+
+class AuthSettings(_Group):
+    """Who may call the gateway: docs/auth.md. API keys lie in the store (`codeyard keys`), the rest is here."""
+
+    mode: Literal["auto", "on", "off"] = "auto"  # auto: on as soon as any credential is configured or made;
+    # off: everyone is the development tenant, and the gateway listens on loopback only
+    static_key: SecretStr | None = None  # one API key from the environment, with every scope; for first steps
+    static_tenant: Tenant = "default"  # whose the static key is
+    hs256_secret: SecretStr | None = None  # JWT: shared secret, at least 32 bytes
+    jwks_file: Path | None = None  # JWT: public keys (RFC 7517), read again when it changes
+    jwks_url: str | None = None  # the same over https, or http on loopback
+    issuer: str | None = None  # `iss` a JWT must have
+    audience: str | None = None  # `aud` a JWT must have
+    require_nbf: bool = True  # false for issuers that leave `nbf` out; one that is there is checked either way
+    leeway_s: Annotated[float, Field(ge=0, le=60)] = 10.0  # clocks of issuer and gateway may differ by this
+    tenant_claim: Annotated[str, Field(min_length=1)] = "tenant"
+    scope_claim: Annotated[str, Field(min_length=1)] = "scope"  # text with blanks between, or a list
+    key_cache_s: Annotated[float, Field(ge=0, le=60)] = 5.0  # a revoked API key works this long, at most
+    jwks_refresh_s: PositiveFloat = 300.0  # a key taken out of the set works this long, at most
+    jwks_retry_s: PositiveFloat = 10.0  # between looks for an unknown `kid`: whoever makes them up costs no more
+    jwks_timeout_s: PositiveFloat = 5.0
+    open_metrics: bool = True  # /metrics without credentials; false: scope admin
+
+    @property
+    def accepts_jwt(self) -> bool:
+        return any((self.hs256_secret, self.jwks_file, self.jwks_url))
+
+    @field_validator("hs256_secret", "static_key")
+    @classmethod
+    def _long_enough(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and len(secret.get_secret_value().encode()) < MIN_SECRET_BYTES:
+            raise ValueError(f"at least {MIN_SECRET_BYTES} bytes; `openssl rand -hex 32` makes a good one")
+        return secret
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _encrypted(cls, url: str | None) -> str | None:
+        parts = urlsplit(url or "https://none")
+        if parts.scheme != "https" and (parts.scheme, parts.hostname) not in {
+            ("http", host) for host in ("127.0.0.1", "::1", "localhost")
+        }:
+            raise ValueError("an https URL: who can change the keys on their way can make tokens")
+        return url
+
+    @model_validator(mode="after")
+    def _jwt_is_for_us(self) -> Self:
+        if self.accepts_jwt and not (self.issuer and self.audience):
+            raise ValueError(
+                "CODEYARD_AUTH_ISSUER and CODEYARD_AUTH_AUDIENCE must be set with a JWT secret or key set: "
+                "without them tokens made for other services would do"
+            )
+        if self.jwks_file and self.jwks_url:
+            raise ValueError("CODEYARD_AUTH_JWKS_FILE or CODEYARD_AUTH_JWKS_URL, not both")
+        return self
+
+
+class TenantLimits(_Group):
+    """Of one tenant, over all gateways. None: no limit. See docs/limits.md."""
+
+    requests_per_minute: PositiveFloat | None = None  # submissions
+    requests_burst: PositiveFloat | None = None  # submissions at once; None: a minute's worth
+    tokens_per_minute: PositiveFloat | None = None  # prompt, estimated, and max_tokens
+    tokens_burst: PositiveFloat | None = None  # None: a minute's worth
+    concurrent_jobs: PositiveInt | None = None  # accepted and not final
+    enqueued_tokens: PositiveInt | None = None  # of those
+    body_bytes: PositiveInt | None = None  # below CODEYARD_GATEWAY_MAX_BODY_BYTES
+
+    @model_validator(mode="after")
+    def _bursts_have_rates(self) -> Self:
+        for what in ("requests", "tokens"):
+            if getattr(self, f"{what}_burst") and not getattr(self, f"{what}_per_minute"):
+                raise ValueError(f"{what}_burst needs {what}_per_minute: nothing would fill it again")
+        return self
+
+
+class LimitSettings(TenantLimits):
+    """The limits of a tenant that `tenants` does not name, and what to do without a store."""
+
+    tenants: dict[Tenant, TenantLimits] = Field(default_factory=dict)  # in place of the general limits, whole
+    store_down: Literal["open", "closed"] = "open"  # closed: 503 for what cannot be counted
+
+    def of(self, tenant: str) -> TenantLimits:
+        return self.tenants.get(tenant, self)
 
 
 class WorkerSettings(_Group):
@@ -199,6 +290,8 @@ class Settings(BaseSettings):
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    auth: AuthSettings = Field(default_factory=AuthSettings)
+    limit: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     admission: AdmissionSettings = Field(default_factory=AdmissionSettings)
@@ -275,7 +368,11 @@ def _explain(error: ValidationError, inside: str = "") -> str:
         if not names:  # of the whole, as checked by a validator of ours
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
+        if item["type"] == "value_error" and names == ["auth"]:  # of a whole group; its input holds secrets
+            lines.append(item["msg"].removeprefix("Value error, "))
+            continue
         variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
-        value = "" if names[-1] == "url" else f" (got {item['input']!r:.80})"
+        secret = names[-1] == "url" or names[0] == "auth"
+        value = "" if secret else f" (got {item['input']!r:.80})"
         lines.append(f"{variable}: {item['msg']}{value}")
     return "; ".join(lines)
