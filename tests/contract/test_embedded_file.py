@@ -162,7 +162,10 @@ async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
     """An update must not make a user throw the yard away."""
     path = tmp_path / "yard.db"
     with closing(sqlite3.connect(path)) as db:
-        db.executescript(SCHEMA.replace("document TEXT NOT NULL", "revision TEXT NOT NULL, context_tokens INTEGER"))
+        first = SCHEMA.replace("name TEXT NOT NULL, document TEXT", "name TEXT NOT NULL, revision TEXT")
+        db.executescript(first.replace("revision TEXT NOT NULL,", "revision TEXT NOT NULL, context_tokens INTEGER,"))
+        for later in ("notices", "api_keys", "levels", "live_jobs"):
+            db.execute(f"DROP TABLE {later}")
         db.execute("INSERT INTO aliases VALUES ('file', 'starter', 'starter-1', 2048)")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")

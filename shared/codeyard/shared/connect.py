@@ -3,7 +3,9 @@
 Adapter libraries are imported only when their URL is used.
 """
 
+from codeyard.shared.access.port import KeyStore
 from codeyard.shared.broker.port import Broker
+from codeyard.shared.limits.port import LimitStore
 from codeyard.shared.settings import BrokerSettings, StoreSettings
 from codeyard.shared.store.port import Store
 from codeyard.shared.topology import Topology
@@ -31,3 +33,25 @@ async def open_store(settings: StoreSettings, topology: Topology) -> Store:
     from codeyard.shared.store.redis import RedisStore
 
     return await RedisStore.open(settings, topology)
+
+
+async def open_keys(settings: StoreSettings, topology: Topology) -> KeyStore:
+    """The API keys, where the store is. Raises as open_store."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.access.sqlite import SqliteKeyStore
+
+        return await SqliteKeyStore.open(settings, topology)
+    from codeyard.shared.access.redis import RedisKeyStore
+
+    return await RedisKeyStore.open(settings, topology)
+
+
+async def open_limits(settings: StoreSettings, topology: Topology) -> LimitStore:
+    """What tenants have used, where the store is. Raises as open_store."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.limits.sqlite import SqliteLimitStore
+
+        return await SqliteLimitStore.open(settings, topology)
+    from codeyard.shared.limits.redis import RedisLimitStore
+
+    return await RedisLimitStore.open(settings, topology)

@@ -15,7 +15,7 @@ from codeyard.shared.errors import SettingsError
 T = TypeVar("T")
 
 APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
-VERSION = 2
+VERSION = 3
 OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
 LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
 
@@ -40,6 +40,20 @@ END;
 CREATE TABLE aliases (
     namespace TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
     PRIMARY KEY (namespace, name)) STRICT, WITHOUT ROWID;
+CREATE TABLE notices (
+    namespace TEXT NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL, document TEXT NOT NULL,
+    PRIMARY KEY (namespace, owner)) STRICT, WITHOUT ROWID;
+
+-- Credentials, and what each tenant has used: see access/ and limits/.
+CREATE TABLE api_keys (
+    namespace TEXT NOT NULL, id TEXT NOT NULL, document TEXT NOT NULL,
+    PRIMARY KEY (namespace, id)) STRICT, WITHOUT ROWID;
+CREATE TABLE levels (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, bucket TEXT NOT NULL, amount REAL NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, bucket)) STRICT, WITHOUT ROWID;
+CREATE TABLE live_jobs (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, tokens INTEGER NOT NULL, until REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, id)) STRICT, WITHOUT ROWID;
 
 -- `free` counts messages without a consumer; triggers keep it, so that no path can forget to.
 CREATE TABLE queues (
@@ -73,7 +87,21 @@ INSERT INTO aliases_2 SELECT namespace, name,
     json_object('revision', revision, 'context_tokens', context_tokens) FROM aliases;
 DROP TABLE aliases;
 ALTER TABLE aliases_2 RENAME TO aliases;
-"""
+CREATE TABLE notices (
+    namespace TEXT NOT NULL, owner TEXT NOT NULL, until REAL NOT NULL, document TEXT NOT NULL,
+    PRIMARY KEY (namespace, owner)) STRICT, WITHOUT ROWID;
+""",
+    2: """
+CREATE TABLE api_keys (
+    namespace TEXT NOT NULL, id TEXT NOT NULL, document TEXT NOT NULL,
+    PRIMARY KEY (namespace, id)) STRICT, WITHOUT ROWID;
+CREATE TABLE levels (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, bucket TEXT NOT NULL, amount REAL NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, bucket)) STRICT, WITHOUT ROWID;
+CREATE TABLE live_jobs (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, tokens INTEGER NOT NULL, until REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, id)) STRICT, WITHOUT ROWID;
+""",
 }
 
 

@@ -30,7 +30,7 @@ from codeyard.shared.settings import StoreSettings, masked
 MAX_CONNECTIONS = 16  # per store; a group is one call, so this many groups are under way at once
 OLDEST_VERSION = (7, 0)
 WITHOUT_PRELUDE = frozenset({"due", "recent"})  # they look at indexes, not at jobs
-READING = frozenset({"read", "due", "recent"})  # run on a full server too
+READING = frozenset({"read", "due", "recent", "limits/live"})  # run on a full server too
 
 Argument = str | bytes | int
 
@@ -195,10 +195,12 @@ def _arguments(body: Mapping[str, Any]) -> list[Argument]:
 
 @cache
 def _script(name: str) -> Script:
-    folder = resources.files("codeyard.shared.store") / "lua"
+    """`name` is a file of store/lua, or `package/name` one of another package's; those have no prelude."""
+    package, _, file = name.rpartition("/")
+    folder = resources.files(f"codeyard.shared.{package or 'store'}") / "lua"
     flags = " flags=no-writes" if name in READING else ""
-    prelude = "" if name in WITHOUT_PRELUDE else (folder / "prelude.lua").read_text("utf-8")
-    source = f"#!lua{flags}\n{prelude}\n" + (folder / f"{name}.lua").read_text("utf-8")
+    prelude = "" if package or name in WITHOUT_PRELUDE else (folder / "prelude.lua").read_text("utf-8")
+    source = f"#!lua{flags}\n{prelude}\n" + (folder / f"{file}.lua").read_text("utf-8")
     return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -1,0 +1,1 @@
+"""Credentials that lie in the store: API keys."""

@@ -1,0 +1,1 @@
+"""What a tenant may use, counted in the store so that it holds over all gateways."""
