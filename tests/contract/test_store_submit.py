@@ -225,6 +225,22 @@ async def test_an_alias_keeps_its_rollout(store: Store) -> None:
     assert await store.aliases() == {"m": alias}
 
 
+async def test_a_workers_notice_ends_by_itself(stores: StoreYard, store: Store) -> None:
+    """A worker that was killed must not be counted on; one that stops says so."""
+    await store.announce("one", "first", ttl_s=0.5)
+    await store.announce("one", "second", ttl_s=0.5)
+    await store.announce("two", "kept", ttl_s=60)
+    await store.announce("three", "gone", ttl_s=60)
+    await store.announce("three", "", ttl_s=0)
+    assert await store.notices() == {"one": "second", "two": "kept"}
+
+    await stores.elapse(0.6)
+
+    assert await store.notices() == {"two": "kept"}
+    other = await stores.open(Topology(f"{stores.topology.namespace}-b"))
+    assert await other.notices() == {}
+
+
 async def test_two_fleets_on_one_server_do_not_see_each_other(stores: StoreYard, store: Store) -> None:
     """A namespace keeps staging's jobs out of production."""
     other = await stores.open(Topology(f"{stores.topology.namespace}-b"))

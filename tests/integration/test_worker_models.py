@@ -4,9 +4,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.fleet import Backend, worker_task
+from support.fleet import Backend, running, worker_task
 
-from codeyard.producer import AsyncClient
 from codeyard.shared.errors import UnknownModel
 from codeyard.shared.record import State
 from codeyard.shared.settings import Settings
@@ -45,7 +44,7 @@ async def test_with_room_for_all_no_model_waits_for_another(embedded: Backend) -
     settings = embedded.settings(worker={"model": "a=org/a,b=org/b"})
     async with worker_task(settings), embedded.client() as client:
         jobs = [await client.submit("!hang", model=name, stream=True) for name in ("a", "b")]
-        await asyncio.gather(*[_running(client, job.id) for job in jobs])
+        await asyncio.gather(*[running(client, job.id) for job in jobs])
         for job in jobs:
             await job.cancel()
         assert [(await job.result(timeout=20)).state for job in jobs] == [State.CANCELLED] * 2
@@ -75,9 +74,3 @@ async def test_an_engine_that_dies_takes_only_its_own_models_jobs_with_it(embedd
     assert {result.state for result in results} == {State.SUCCEEDED}
     assert dead.error is not None
     assert dead.error.code == "poison"
-
-
-async def _running(client: AsyncClient, job_id: str) -> None:
-    async with asyncio.timeout(20):
-        while (await client.status(job_id)).state is not State.RUNNING:  # noqa: ASYNC110 - nobody announces a claim
-            await asyncio.sleep(0.02)

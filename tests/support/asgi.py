@@ -45,6 +45,7 @@ class MadeUpJob:
     id: JobId
     attached: bool
     accepted_status: JobStatus
+    estimated_start_s: float | None = None
 
 
 @dataclass

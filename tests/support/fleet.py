@@ -7,13 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from codeyard.producer import AsyncClient
+from codeyard.shared.notice import Notice, fleet
+from codeyard.shared.record import State
 from codeyard.shared.settings import Settings, load
 from codeyard.worker.service import run_worker
 
@@ -68,6 +70,23 @@ async def worker_task(settings: Settings) -> AsyncIterator[asyncio.Event]:
             stop.set()
 
 
+@contextlib.asynccontextmanager
+async def gateway_task(settings: Settings) -> AsyncIterator[str]:
+    """A gateway in this process on a free port; yields its URL."""
+    from codeyard.producer.gateway.serve import run_gateway  # needs the gateway extra
+
+    stop, url = asyncio.Event(), asyncio.get_running_loop().create_future()
+    on_free_port = settings.model_copy(update={"gateway": settings.gateway.model_copy(update={"port": 0})})
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(run_gateway(on_free_port, stop, on_ready=url.set_result))
+        async with asyncio.timeout(READY_S):
+            await url
+        try:
+            yield url.result()
+        finally:
+            stop.set()
+
+
 class WorkerProcess:
     """`codeyard worker` with these settings. `start` returns when it serves."""
 
@@ -116,8 +135,22 @@ def worker_process(settings: Settings, folder: Path) -> Iterator[None]:
             process.kill()
 
 
+async def running(client: AsyncClient, job_id: str) -> None:
+    """Return when a worker has claimed the job. Nobody announces that, so the record is polled."""
+    async with asyncio.timeout(READY_S):
+        while (await client.status(job_id)).state is not State.RUNNING:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
 async def first_token(client: AsyncClient, job_id: str) -> None:
     """Return when a streaming job has shown its first token."""
     stream = client.stream(job_id)
     await anext(stream)
     await stream.aclose()
+
+
+async def told(client: AsyncClient, what: Callable[[Notice], bool]) -> None:
+    """Return when a worker has told this of itself; its notice is read as producers read it."""
+    async with asyncio.timeout(READY_S):
+        while not any(what(notice) for notice in await fleet(client.store)):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -120,6 +120,10 @@ async def _move_back(redis: Redis, key: str, seconds: float) -> None:
         for member in await redis.zrange(key, 0, -1):
             await redis.zincrby(key, int(-seconds * 1_000_000), str(member))
         return
+    if part == "until":  # of notices, in milliseconds
+        for member in await redis.zrange(key, 0, -1):
+            await redis.zincrby(key, -seconds * 1_000, str(member))
+        return
     if part == "record":
         for name, value in zip(_TIMES, await redis.hmget(key, list(_TIMES)), strict=True):
             if float(value or 0):

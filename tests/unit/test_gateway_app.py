@@ -78,6 +78,7 @@ def test_every_error_that_a_caller_can_meet_is_mapped() -> None:
         errors.JobFailed,
         errors.EngineDead,
         errors.EngineUnavailable,
+        errors.NoRoom,
         errors.ResultTimeout,
     }
     declared = {one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, FleetError)}

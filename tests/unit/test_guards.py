@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ROOTS = [ROOT / name for name in ("shared", "producer", "worker")]
 TESTS = ROOT / "tests"
 HEAVY = {"torch", "transformers", "vllm", "fastapi", "starlette", "uvicorn", "grpc", "numpy", "matplotlib", "locust"}
-LABELS = {"kind", "lane", "model", "outcome", "reason", "route", "status"}
+LABELS = {"kind", "lane", "model", "outcome", "reason", "route", "status", "tier", "to"}
 
 # Who may know whom. The commands put all of it together.
 MAY_IMPORT = {

@@ -401,6 +401,16 @@ def test_bulk_is_admitted_within_the_starvation_bound_under_a_flood_above_it() -
     assert first[1] <= 4.0 + 1.0
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_an_engine_with_few_slots_serves_bulk_too(slots: int) -> None:
+    """The slots kept free for the lanes above are never all there are."""
+    scheduler = AdaptiveScheduler(AdmissionSettings(), slots=slots, continuous=True)
+    for number in range(3):
+        scheduler.offer(job(f"bulk-{number}"), 0.0)
+
+    assert len(scheduler.decide(0.0, {}, EngineLoad()).admit) == 1
+
+
 def test_bulk_leaves_slots_for_the_lanes_above() -> None:
     """vLLM preempts for memory, never for a slot: an interactive job must find one."""
     limits = promised(0.0, held_slots=0.1)

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from codeyard.producer.grouping import GroupingSubmitter
 from codeyard.producer.submission import Accepted, Submission, Submitter
+from codeyard.producer.waits import WaitBoard
 from codeyard.shared.broker.port import Broker, Publisher
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.errors import FleetError, JobNotFound
@@ -63,11 +64,15 @@ class AsyncClient:
             self._stack.push_async_callback(self._store.close)
             self._publisher = await self._open_publisher(self.settings, self.topology)
             self._stack.push_async_callback(self._publisher.close)
+            board = WaitBoard(self._store)
+            self._stack.push_async_callback(board.close)
             submitter = Submitter(
                 self._publisher,
                 self._store,
                 self.topology,
+                board,
                 publish_timeout_s=min(self.settings.broker.publish_timeout_s, self._timeout_s),
+                refuse_late=self.settings.broker.refuse_late,
             )
             grouping = GroupingSubmitter(submitter, timeout_s=self._timeout_s)
             self._submitter = await self._stack.enter_async_context(grouping)
@@ -108,8 +113,8 @@ class AsyncClient:
         traceparent: str | None = None,
     ) -> "AsyncJob":
         """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
-        job there. Raises IdempotencyConflict, QueueFull, UnknownModel, InvalidJob, BrokerUnavailable,
-        StoreUnavailable."""
+        job there. Raises IdempotencyConflict, QueueFull, DeadlineTooSoon, UnknownModel, InvalidJob,
+        BrokerUnavailable, StoreUnavailable."""
         submission = Submission(
             prompt=prompt,
             model=model,
@@ -167,12 +172,14 @@ class AsyncClient:
 
 
 class AsyncJob:
-    """An accepted job. `attached`: it was there before, under the same key."""
+    """An accepted job. `attached`: it was there before, under the same key. `estimated_start_s`: seconds from
+    its acceptance until a worker will begin it, as measured lately; None if that is not known."""
 
     def __init__(self, client: AsyncClient, accepted: Accepted) -> None:
         self._client = client
         self.id: JobId = accepted.record.id
         self.attached = accepted.attached
+        self.estimated_start_s = accepted.estimated_start_s
         self.accepted_status = JobStatus.of(accepted.record)
 
     async def result(self, timeout: float = 60.0) -> Result:

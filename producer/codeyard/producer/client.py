@@ -160,12 +160,14 @@ class Client:
 
 
 class Job:
-    """An accepted job. `attached`: it was there before, under the same key."""
+    """An accepted job. `attached`: it was there before, under the same key. `estimated_start_s`: seconds
+    from its acceptance until a worker will begin it; None if that is not known."""
 
     def __init__(self, client: Client, job: AsyncJob) -> None:
         self._client = client
         self.id = job.id
         self.attached = job.attached
+        self.estimated_start_s = job.estimated_start_s
 
     def result(self, timeout: float = 60.0) -> Result:
         """The committed result. Raises ResultTimeout; the job goes on then."""

@@ -1,5 +1,6 @@
 """Submit jobs so that "accepted" is true: reserve, publish, confirm, mark queued, and only then say so.
 
+    estimate would start after its deadline -> DeadlineTooSoon
     reserve  new -> publish          attached, accepted -> done: the job that is there answers
              attached, still reserved -> wait one publish timeout for its submitter, then publish it
              conflict -> IdempotencyConflict
@@ -21,11 +22,13 @@ from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from codeyard.producer.waits import WaitBoard
 from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Message, Publisher, PublishOutcome
 from codeyard.shared.envelope import new_nonce, seal
 from codeyard.shared.errors import (
     BrokerUnavailable,
+    DeadlineTooSoon,
     FleetError,
     IdempotencyConflict,
     QueueFull,
@@ -67,6 +70,7 @@ class Accepted:
 
     record: Record
     attached: bool
+    estimated_start_s: float | None = None  # from now; None: it is not known, or not new
 
 
 @dataclass(slots=True)
@@ -79,6 +83,7 @@ class _Draft:
     reserved: Reserved | None = None
     publication: str = field(default_factory=new_nonce)
     published: bool = False  # a publish was tried: the broker may have it
+    estimated_start_s: float | None = None
 
     @property
     def record(self) -> Record:
@@ -89,11 +94,22 @@ class _Draft:
 class Submitter:
     """The protocol above, for groups. Holds no connection of its own and needs no closing."""
 
-    def __init__(self, publisher: Publisher, store: Store, topology: Topology, *, publish_timeout_s: float) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        store: Store,
+        topology: Topology,
+        board: WaitBoard,
+        *,
+        publish_timeout_s: float,
+        refuse_late: bool = True,
+    ) -> None:
         self._publisher = publisher
         self._store = store
         self._topology = topology
+        self._board = board
         self._publish_timeout_s = publish_timeout_s
+        self._refuse_late = refuse_late
         self._aliases: Mapping[str, Alias] = {}
         self._aliases_until_s = 0.0
         self._mine: dict[str, None] = {}  # publications reserved here and never confirmed
@@ -104,6 +120,7 @@ class Submitter:
         drafts = [_Draft(submission) for submission in group]
         try:
             await self._build(drafts, until_s)
+            await self._refuse(_open(drafts), until_s)
             await self._reserve(_open(drafts), until_s)
             await self._publish(_open(drafts), until_s)
         except (BrokerUnavailable, StoreUnavailable) as error:
@@ -114,7 +131,8 @@ class Submitter:
     # The steps -------------------------------------------------------------------------------------
 
     async def _build(self, drafts: Sequence[_Draft], until_s: float) -> None:
-        """Check each submission and pin it to the revision its alias points to now."""
+        """Check each submission and pin it to the revision its alias points to now, and to a shard."""
+        await self._board.ready()
         for draft in drafts:
             asked = draft.submission
             alias = await self._alias(asked.model, until_s)
@@ -122,9 +140,29 @@ class Submitter:
                 draft.outcome = UnknownModel(asked.model)
                 continue
             try:
-                draft.job = _job(asked, alias)
+                job = _job(asked, alias)
+                shards, per_tenant = alias.shards, alias.shards_per_tenant
+                shard = self._board.shard(job.revision, job.lane, job.tenant, shards=shards, per_tenant=per_tenant)
+                draft.estimated_start_s = self._board.estimate_s(job.revision, job.lane)
+                self._board.publishing(job.revision, job.lane, shard)
+                draft.job = job.model_copy(update={"shard": shard}) if shard else job
             except FleetError as error:
                 draft.outcome = error
+
+    async def _refuse(self, drafts: Sequence[_Draft], until_s: float) -> None:
+        """New jobs that would start after their deadline are not begun. One that is there already is attached
+        to, whatever the line is now."""
+        late = [draft for draft in drafts if self._refuse_late and _is_late(draft)]
+        if not late:
+            return
+        ids = [draft.job.id for draft in late if draft.job is not None]
+        records = await _within(until_s, lambda: self._store.read(ids))
+        for draft, record in zip(late, records, strict=True):
+            if record is None:
+                assert draft.estimated_start_s is not None
+                draft.outcome = DeadlineTooSoon(
+                    estimated_start_s=draft.estimated_start_s, timeout_s=draft.submission.timeout_s
+                )
 
     async def _alias(self, name: str, until_s: float) -> Alias | None:
         now_s = time.monotonic()
@@ -192,8 +230,9 @@ class Submitter:
                 await self._accept(confirmed, until_s)
             for draft, outcome in zip(left, outcomes, strict=True):
                 if outcome is PublishOutcome.FULL:
-                    queue = self._topology.job_queue(draft.record.job.revision, draft.record.lane)
-                    draft.outcome = QueueFull(queue, retry_after_s=RETRY_AFTER_S)
+                    job = draft.record.job
+                    queue = self._topology.job_queue(job.revision, job.lane, job.shard)
+                    draft.outcome = QueueFull(queue, retry_after_s=draft.estimated_start_s or RETRY_AFTER_S)
                 elif outcome is PublishOutcome.UNROUTABLE:
                     draft.outcome = UnknownModel(draft.submission.model)
             left = _open(left)
@@ -208,7 +247,8 @@ class Submitter:
             record = draft.record
             if record.state is State.RESERVED:
                 record = record.model_copy(update={"state": State.QUEUED})
-            draft.outcome = Accepted(record, attached=attached)
+            estimate_s = None if attached else draft.estimated_start_s
+            draft.outcome = Accepted(record, attached=attached, estimated_start_s=estimate_s)
 
     def _message(self, draft: _Draft) -> Message:
         record = draft.record
@@ -245,6 +285,10 @@ def _job(asked: Submission, alias: Alias) -> Job:
     )
     job.encode()  # raises JobTooLarge before anything is reserved
     return job
+
+
+def _is_late(draft: _Draft) -> bool:
+    return draft.estimated_start_s is not None and draft.estimated_start_s > draft.submission.timeout_s
 
 
 def _open(drafts: Sequence[_Draft]) -> list[_Draft]:

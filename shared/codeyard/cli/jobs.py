@@ -68,9 +68,12 @@ def submit(
         elif wait:
             _print_status(await client.wait(job.id, timeout_s), as_json)
         elif as_json:
-            click.echo(json.dumps({"id": job.id, "attached": job.attached}))
+            estimate = {} if job.estimated_start_s is None else {"estimated_start_s": round(job.estimated_start_s, 3)}
+            click.echo(json.dumps({"id": job.id, "attached": job.attached, **estimate}))
         else:
             click.echo(job.id)
+            if job.estimated_start_s is not None and job.estimated_start_s >= 1:
+                click.echo(f"starts in about {job.estimated_start_s:.0f} s", err=True)
 
     _with_client(where, run)
 

@@ -57,7 +57,7 @@ def seal(
     if traceparent:
         headers["traceparent"] = traceparent
     return Message(
-        queue=topology.job_queue(job.revision, job.lane), message_id=job.id, body=job.encode(), headers=headers
+        queue=topology.job_queue(job.revision, job.lane, job.shard), message_id=job.id, body=job.encode(), headers=headers
     )
 
 

@@ -5,6 +5,8 @@ Library exceptions (aio-pika, pika, redis, sqlite3, httpx) are translated where 
 called, so nothing above the adapters ever sees one.
 """
 
+from codeyard.shared.limits.standing import Standing
+
 
 class FleetError(Exception):
     """Root of every error raised on purpose in this project."""
@@ -44,6 +46,19 @@ class QueueFull(FleetError):
         super().__init__(f"queue {queue} is full; try again in {retry_after_s:g} s")
         self.queue = queue
         self.retry_after_s = retry_after_s
+
+
+class DeadlineTooSoon(FleetError):
+    """The job would not start before its deadline, so it was not accepted. Try again after `retry_after_s`,
+    allow more time, or use another lane. HTTP 429."""
+
+    def __init__(self, *, estimated_start_s: float, timeout_s: float) -> None:
+        super().__init__(
+            f"it would start in about {estimated_start_s:.3g} s, after its timeout of {timeout_s:.3g} s; "
+            "try again later, or allow more time"
+        )
+        self.estimated_start_s = estimated_start_s
+        self.retry_after_s = max(1.0, estimated_start_s - timeout_s)
 
 
 class UnknownModel(FleetError):
@@ -111,6 +126,31 @@ class Unauthorized(FleetError):
 
 class Forbidden(FleetError):
     """Valid credentials without the right for this. HTTP 403."""
+
+
+class AuthUnavailable(FleetError):
+    """Credentials cannot be checked now, so nobody is let in. Try again. HTTP 503."""
+
+
+class LimitReached(FleetError):
+    """The tenant has used up what it may. Try again after `retry_after_s`. HTTP 429.
+
+    `limit`: requests, tokens, jobs or enqueued; `standing`: what is left of its rates.
+    """
+
+    def __init__(self, reason: str, *, limit: str, retry_after_s: float, standing: Standing) -> None:
+        super().__init__(f"{reason}; try again in {retry_after_s:.3g} s")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+        self.standing = standing
+
+
+class RateLimited(LimitReached):
+    """Too much in too short a time: the bucket fills again by itself."""
+
+
+class QuotaExceeded(LimitReached):
+    """Too much under way: there is room again when jobs have ended."""
 
 
 class RolloutRefused(FleetError):

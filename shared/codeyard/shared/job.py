@@ -61,8 +61,8 @@ class Sampling(BaseModel):
 class Job(BaseModel):
     """One code-generation job. Frozen; unknown envelope fields are kept and passed on.
 
-    `prompt` is text, or token ids of the model's own vocabulary. `revision` is filled in when the
-    job is pinned at submission. `stream` asks the worker to publish tokens as they come; any job
+    `prompt` is text, or token ids of the model's own vocabulary. `revision` and `shard` (which of its
+    lane's queues) are filled in when the job is pinned at submission. `stream` asks the worker to publish tokens as they come; any job
     can be read as a stream, one without it arrives in one piece.
     """
 
@@ -75,6 +75,7 @@ class Job(BaseModel):
     model: Name
     revision: Name
     lane: Lane = Lane.STANDARD
+    shard: Annotated[int, Field(ge=0, lt=1_024)] = 0
     prompt: Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
     sampling: Sampling = Sampling()
     stream: bool = False

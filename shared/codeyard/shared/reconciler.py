@@ -105,7 +105,7 @@ async def _recover_unsure(
     broker: Broker, store: Store, topology: Topology, unsure: Sequence[Record], publications: dict[str, str]
 ) -> list[Recovered]:
     """Queued for long: is the message still there? An empty queue says no; a worker would have claimed it."""
-    queue_of = {record.id: topology.job_queue(record.job.revision, record.lane) for record in unsure}
+    queue_of = {record.id: topology.job_queue(record.job.revision, record.lane, record.job.shard) for record in unsure}
     queues = sorted(set(queue_of.values()))
     empty = {queue: depth == 0 for queue, depth in zip(queues, await broker.depth(queues), strict=True)}
     return await store.recover(

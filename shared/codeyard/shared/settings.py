@@ -56,6 +56,7 @@ class _Group(BaseModel):
 class BrokerSettings(_Group):
     url: str = Field(default_factory=_embedded_url)  # amqp(s)://user:password@host:port/vhost, or sqlite:///path
     publish_timeout_s: PositiveFloat = 10.0  # for connection and confirm; then the publish is "unknown"
+    refuse_late: bool = True  # refuse a job that would not start before its deadline
     heartbeat_s: PositiveInt = 10  # a dead peer is noticed after about two of them
     queue_max_length: PositiveInt = 1_000_000  # messages; a queue argument, so one value for the whole fleet
 

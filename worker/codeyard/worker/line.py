@@ -11,11 +11,13 @@ Called by: worker.station, which opens a line for each model it serves and close
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.job import JobId, Lane
+from codeyard.shared.notice import ModelNotice
 from codeyard.shared.settings import Settings
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
@@ -88,6 +90,22 @@ class Line:
     def num_jobs(self) -> int:
         """In hand: waiting, running or being settled."""
         return len(self._hand)
+
+    def notice(self, tier: str, backlog: Mapping[Lane, tuple[int, ...]]) -> ModelNotice:
+        """What producers estimate a wait from."""
+        runner, info = self._runner, self.lease.engine.info
+        return ModelNotice(
+            alias=self.served.alias,
+            revision=self.served.revision,
+            tier=tier,
+            serving=runner is not None,
+            slots=info.max_running,
+            running=runner.num_running if runner else 0,
+            waiting=dict(runner.waiting()) if runner else {},
+            backlog=backlog,
+            rate=runner.drain_rate.rates(time.monotonic()) if runner else {},
+            job_s=runner.drain_rate.job_s if runner else None,
+        )
 
     def waited_s(self, now_s: float) -> float:
         """How long the job that has waited longest in hand has."""

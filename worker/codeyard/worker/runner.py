@@ -11,6 +11,7 @@ Called by: worker.line. Does not know about: the broker, claims, how endings are
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from codeyard.worker.engines.port import Adapter, Delta, Engine
 from codeyard.worker.events import EventWriter
 from codeyard.worker.execution import Again, ending, execute
 from codeyard.worker.held import Finished, HandBack, HeldJob, Lost
+from codeyard.worker.scheduling.drain import DrainRate
 from codeyard.worker.scheduling.port import Candidate, EngineLoad, Scheduler
 from codeyard.worker.settler import Settler
 
@@ -75,6 +77,7 @@ class Runner:
         self._max_attempts = max_attempts
         self._stall_s = stall_s
         self._hand_back_s = hand_back_s
+        self.drain_rate = DrainRate()
         self._waiting: dict[JobId, HeldJob] = {}
         self._running: dict[JobId, HeldJob] = {}
         self._job_tasks: dict[JobId, asyncio.Task[None]] = {}
@@ -86,6 +89,14 @@ class Runner:
         self._draining = False
         self._moved_s = time.monotonic()  # last sign of life of a running engine
         self._steps = 0
+
+    def waiting(self) -> Counter[Lane]:
+        """Jobs in hand that have not begun, by lane."""
+        return Counter(held.job.lane for held in self._waiting.values())
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     # What the other parts tell ---------------------------------------------------------------------
 
@@ -163,7 +174,10 @@ class Runner:
                 self._moved_s = now_s
         admitted = [self._waiting.pop(job_id) for job_id in decision.admit]
         self._running.update((held.id, held) for held in admitted)
+        waiting = self.waiting()
         for held in admitted:
+            lane = held.job.lane
+            self.drain_rate.admitted(lane, line=waiting[lane] + self._backlog.get(lane, 0), now_s=now_s)
             task = tasks.create_task(self._run(held, engine, len(self._running)), name=f"job {held.id}")
             self._job_tasks[held.id] = task
         self._note_running()
@@ -171,11 +185,14 @@ class Runner:
         return decision.wake_in_s
 
     async def _run(self, held: HeldJob, engine: Engine, batch_size: int) -> None:
+        started_s = time.monotonic()
         attempt = await execute(
             held, engine, self._store, adapters=self._adapters, batch_size=batch_size, on_delta=self._on_delta
         )
         del self._running[held.id], self._job_tasks[held.id]
-        self._scheduler.ended(held.id, time.monotonic())
+        now_s = time.monotonic()
+        self._scheduler.ended(held.id, now_s)
+        self.drain_rate.ended(now_s - started_s)
         self._writer.forget(held.id)
         if isinstance(attempt.error, EngineDead):
             self._engine_died(held, engine, attempt.error)

@@ -19,7 +19,9 @@ from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.envelope import new_nonce
+from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import JobId
+from codeyard.shared.notice import TTL_S, Notice, fleet, reports_of
 from codeyard.shared.reconciler import run_reconciler, settle_dropped
 from codeyard.shared.rollout import Report
 from codeyard.shared.settings import Settings
@@ -38,6 +40,8 @@ from codeyard.worker.station import Station
 from codeyard.worker.warmup import expected_bytes, warm_up
 
 log = logging.getLogger(__name__)
+
+TELL_S = 0.5  # between notices
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Worker:
             reports_of=self._reports_of,
             has_work=self._station.has_work,
         )
+        self._engine = ""
         self._on_ready: Callable[[Ready], None] | None = None
 
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[Ready], None]) -> None:
@@ -134,12 +139,14 @@ class Worker:
                         tasks.create_task(run_reconciler(self._broker, self._store, self._topology, stop)),
                         tasks.create_task(settle_dropped(self._broker, self._store, self._topology, stop)),
                         tasks.create_task(self._rollouts.run(), name="rollouts"),
+                        tasks.create_task(self._tell(), name="notices"),
                     ]
                     await self._station.run(stop)
                     for task in keeping:
                         task.cancel()
             finally:
                 await self._leases.stop()
+        await self._withdraw()
         log.info("worker_stopped", extra={"owner": self._owner})
 
     async def _point_aliases(self) -> None:
@@ -165,10 +172,23 @@ class Worker:
             )
 
     async def _reports_of(self, alias: str) -> Mapping[str, Report | None]:
-        return {self._owner: self._rollouts.reports.get(alias)}
+        return reports_of(await fleet(self._store), alias)
+
+    async def _tell(self) -> None:
+        """Until cancelled: what this worker serves and how busy it is."""
+        while True:
+            notice = Notice(self._owner, self._engine, self._station.notices(), dict(self._rollouts.reports))
+            await persist(lambda: self._store.announce(self._owner, notice.encode(), ttl_s=TTL_S))  # noqa: B023 - awaited
+            await asyncio.sleep(TELL_S)
+
+    async def _withdraw(self) -> None:
+        """Nobody shall count on it any more; if the store is away its notice ends by itself."""
+        with contextlib.suppress(StoreUnavailable):
+            await self._store.announce(self._owner, "", ttl_s=0)
 
     def _opened(self, line: Line) -> None:
         info = line.lease.engine.info
+        self._engine = info.version
         log.info("worker_ready", extra={"owner": self._owner, "model": line.served.alias, "engine": info.version})
         if self._on_ready is not None:
             self._on_ready(Ready(self._owner, tuple(one.alias for one in self._catalogue), info))

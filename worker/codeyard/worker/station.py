@@ -13,10 +13,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from codeyard.shared.alias import Target
 from codeyard.shared.errors import EngineUnavailable
 from codeyard.shared.job import JobId, Lane
+from codeyard.shared.notice import ModelNotice
 from codeyard.shared.topology import DELAY_STEPS_S
 from codeyard.worker.cache.forecast import Transitions
 from codeyard.worker.cache.model_cache import Lease, ModelCache, ModelSpec, Tier
@@ -49,7 +51,8 @@ class _Watched:
     """What is known of one revision's queues."""
 
     queues: Mapping[Lane, tuple[str, ...]]
-    backlog: dict[Lane, int] = field(default_factory=dict)
+    backlog: dict[Lane, int] = field(default_factory=dict)  # over all shards
+    by_shard: dict[Lane, tuple[int, ...]] = field(default_factory=dict)
     waiting_since_s: dict[Lane, float] = field(default_factory=dict)
     busy_s: float = 0.0  # when it last had work
     ready_s: dict[Tier, float] = field(default_factory=dict)  # measured here
@@ -137,6 +140,18 @@ class Station:
     def lines(self) -> list[Line]:
         return [post.line for post in self._posts.values() if post.line is not None]
 
+    def notices(self) -> tuple[ModelNotice, ...]:
+        """How each model here is doing."""
+        told = []
+        for served in self._known().values():
+            watched, post = self._watched.get(served.revision), self._posts.get(served.revision)
+            tier = self._cache.tier(served.revision)
+            if watched is not None and post is not None and post.line is not None:
+                told.append(post.line.notice(tier, watched.by_shard))
+            else:
+                told.append(ModelNotice(served.alias, served.revision, tier))
+        return tuple(told)
+
     async def prepare(self, served: Served) -> None:
         """Load a revision, in place of others if need be, and have an answer from it (the cache's warm-up).
         Raises EngineUnavailable."""
@@ -165,21 +180,14 @@ class Station:
         """How much waits for each model, and since when."""
         for served in self._catalogue:
             await self.declare(served)
-        names = [
-            (one, lane, queue)
-            for one in self._watched.values()
-            for lane, queues in one.queues.items()
-            for queue in queues
-        ]
-        depths = await persist(lambda: self._plant.broker.depth([queue for _, _, queue in names]))
+        watched = list(self._watched.items())
+        names = [queue for _, one in watched for queues in one.queues.values() for queue in queues]
+        depths = iter(await persist(lambda: self._plant.broker.depth(names)))
         now_s = time.monotonic()
-        found: dict[int, dict[Lane, int]] = {}
-        for (one, lane, _), depth in zip(names, depths, strict=True):
-            lanes = found.setdefault(id(one), dict.fromkeys(one.queues, 0))
-            lanes[lane] += depth
-        for revision, one in self._watched.items():
+        for revision, one in watched:
             was_idle = not any(one.backlog.values())
-            one.backlog.update(found[id(one)])
+            one.by_shard = {lane: tuple(islice(depths, len(queues))) for lane, queues in one.queues.items()}
+            one.backlog.update((lane, sum(shards)) for lane, shards in one.by_shard.items())
             for lane, depth in one.backlog.items():
                 if not depth:
                     one.waiting_since_s.pop(lane, None)

@@ -115,7 +115,10 @@ class _Native:
         status, headers = await self._awaited(request, job.id, job.accepted_status)
         headers["Location"] = f"/v1/jobs/{job.id}"
         code = 200 if status.state.final else 202
-        return _json({**_view(status), "attached": job.attached}, code, headers)
+        view = {**_view(status), "attached": job.attached}
+        if job.estimated_start_s is not None and not status.state.final:
+            view["estimated_start_s"] = round(job.estimated_start_s, 3)
+        return _json(view, code, headers)
 
     async def recent(self, request: Request) -> Response:
         limit = requests.whole_number(request, "limit", default=20, least=1, most=requests.MAX_RECENT)

@@ -20,6 +20,10 @@ class AcceptedJob(Protocol):
         """It was there before, under the same key and body."""
 
     @property
+    def estimated_start_s(self) -> float | None:
+        """Seconds until a worker will begin it; None if that is not known, or it is not new."""
+
+    @property
     def accepted_status(self) -> JobStatus:
         """As it was when it was accepted; of an attached job, as it is."""
 

@@ -114,7 +114,12 @@ def _submit() -> dict[str, Any]:
         "submitJob",
         "Submit a job",
         {
-            "202": _json("Accepted: the broker has it on disk.", {**QUEUED, "attached": False}, "Submitted", location),
+            "202": _json(
+                "Accepted: the broker has it on disk.",
+                {**QUEUED, "attached": False, "estimated_start_s": 1.25},
+                "Submitted",
+                location,
+            ),
             "200": _json(
                 "Final: it was attached to and had ended, or it ended within the wait.",
                 {**DONE, "attached": True},
@@ -131,6 +136,7 @@ def _submit() -> dict[str, Any]:
                 "unsupported-media-type",
                 "invalid-job",
                 "queue-full",
+                "deadline-too-soon",
                 "broker-unavailable",
                 "store-unavailable",
             ),
@@ -292,9 +298,17 @@ def _schemas() -> dict[str, Any]:
     status["required"] = [name for name in status["required"] if name not in _OMITTED_WHEN_UNSET]
     schemas["Submitted"] = {
         "title": "Submitted",
-        "description": "A JobStatus, and whether the job was there before.",
+        "description": "A JobStatus, whether the job was there before, and when a new one will start.",
         "type": "object",
-        "properties": {**status["properties"], "attached": {"type": "boolean"}},
+        "properties": {
+            **status["properties"],
+            "attached": {"type": "boolean"},
+            "estimated_start_s": {
+                "type": "number",
+                "minimum": 0,
+                "description": "Seconds until a worker will begin it, as measured lately; left out if not known.",
+            },
+        },
         "required": [*status["required"], "attached"],
     }
     schemas["RecentJobs"] = {

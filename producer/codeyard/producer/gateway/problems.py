@@ -14,6 +14,7 @@ from fastapi import Response
 
 from codeyard.shared.errors import (
     BrokerUnavailable,
+    DeadlineTooSoon,
     FleetError,
     Forbidden,
     IdempotencyConflict,
@@ -21,6 +22,7 @@ from codeyard.shared.errors import (
     JobNotFound,
     JobTooLarge,
     QueueFull,
+    RolloutRefused,
     StoreUnavailable,
     Unauthorized,
     UnknownModel,
@@ -50,10 +52,14 @@ KINDS = {
     "idempotency-conflict": Kind(
         409, "Idempotency key in use", "The key names a job with another body: send that body, or choose a new key."
     ),
+    "rollout-refused": Kind(409, "Rollout refused", "`detail` says where the rollout is and what can be done there."),
     "too-large": Kind(413, "Too large", "Shorten the prompt."),
     "unsupported-media-type": Kind(415, "Unsupported media type", "Send `Content-Type: application/json`, not packed."),
     "invalid-job": Kind(422, "Invalid job", "`field` names what to mend; `errors` lists all that is wrong."),
     "queue-full": Kind(429, "Queue full", "Try again after `Retry-After` seconds, with the same key."),
+    "deadline-too-soon": Kind(
+        429, "Deadline too soon", "Allow more time, use another lane, or try again after `Retry-After` seconds."
+    ),
     "internal-error": Kind(500, "Internal error", "Report `incident`: the gateway's log has it."),
     "broker-unavailable": Kind(
         503, "Broker unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
@@ -69,6 +75,8 @@ KIND_OF: dict[type[FleetError], str] = {  # most special first
     InvalidJob: "invalid-job",
     IdempotencyConflict: "idempotency-conflict",
     QueueFull: "queue-full",
+    RolloutRefused: "rollout-refused",
+    DeadlineTooSoon: "deadline-too-soon",
     UnknownModel: "unknown-model",
     JobNotFound: "job-not-found",
     Unauthorized: "unauthorized",
@@ -121,7 +129,7 @@ def problem_of(error: Refused | FleetError) -> Response:
     if isinstance(error, Refused):
         return problem(error.kind, str(error), headers=error.headers, **error.members)
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | DeadlineTooSoon):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return problem(
         kind_of(error),
@@ -129,5 +137,6 @@ def problem_of(error: Refused | FleetError) -> Response:
         headers=headers,
         field=getattr(error, "field", None),
         job_id=getattr(error, "job_id", None),
+        estimated_start_s=getattr(error, "estimated_start_s", None),
         maybe_accepted=getattr(error, "maybe_accepted", None) or None,
     )

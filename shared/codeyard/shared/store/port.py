@@ -257,6 +257,12 @@ class Store(Protocol):
         """Set an alias if `expected`, or nothing, is there now. Returns what is there then: `new` if it was
         set, by this call or an earlier one whose answer was lost. The one way an alias changes."""
 
+    async def announce(self, owner: str, text: str, *, ttl_s: float) -> None:
+        """Keep a worker's notice for `ttl_s`, in place of its last one; 0 withdraws it."""
+
+    async def notices(self) -> Mapping[str, str]:
+        """Every worker's that is not over, by owner."""
+
     async def ping(self) -> str:
         """Name and version of the server, e.g. "redis 7.0.15". Raises StoreUnavailable."""
 

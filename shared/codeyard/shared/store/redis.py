@@ -10,6 +10,8 @@ indexes look like in Redis is documented in docs/wire-contract.md.
     {ns}:{sNN}:due           zset     ids by check_at, of jobs that are not final
     {ns}:{sNN}:recent        zset     the newest ids by created_at, bounded
     {ns}:aliases             hash     never read inside job scripts
+    {ns}:{notices}:text      hash     a worker's notice by its name
+    {ns}:{notices}:until     zset     when each is over, in milliseconds
 
 Called through shared.connect.
 """
@@ -59,6 +61,24 @@ redis.call("HSET", KEYS[1], ARGV[1], ARGV[3])
 return ARGV[3]
 """
 
+_NOW = 'local t = redis.call("TIME") local now = t[1] * 1000 + math.floor(t[2] / 1000) '
+_PRUNE = """
+local over = redis.call("ZRANGEBYSCORE", KEYS[2], "-inf", now)
+for _, owner in ipairs(over) do
+    redis.call("HDEL", KEYS[1], owner)
+    redis.call("ZREM", KEYS[2], owner)
+end
+"""
+ANNOUNCE = (
+    _NOW
+    + """
+redis.call("HSET", KEYS[1], ARGV[1], ARGV[2])
+redis.call("ZADD", KEYS[2], now + ARGV[3], ARGV[1])
+"""
+    + _PRUNE
+)
+NOTICES = _NOW + _PRUNE + 'return redis.call("HGETALL", KEYS[1])'
+
 
 class RedisStore:
     """One per process and event loop: a thread with its own loop opens its own."""
@@ -69,6 +89,7 @@ class RedisStore:
         self._wakeups = wakeups
         self._topology = topology
         self._common = {"timing": codec.protocol(self.timing)}
+        self._notice_keys = (topology.key("{notices}:text"), topology.key("{notices}:until"))
         self._place = lru_cache(maxsize=4_096)(self._place_of)  # a job is named several times in its life
 
     @classmethod
@@ -162,6 +183,14 @@ class RedisStore:
             return there
         now = await self._link.command("EVAL", SWAP, 1, key, name, before or "", text)
         return Alias.decode(name, now)
+
+    # Notices ---------------------------------------------------------------------------------------
+
+    async def announce(self, owner: str, text: str, *, ttl_s: float) -> None:
+        await self._link.command("EVAL", ANNOUNCE, 2, *self._notice_keys, owner, text, int(ttl_s * 1e3))
+
+    async def notices(self) -> Mapping[str, str]:
+        return dict(_pairs(await self._link.command("EVAL", NOTICES, 2, *self._notice_keys)))
 
     # Helpers ---------------------------------------------------------------------------------------
 

@@ -168,6 +168,24 @@ class SqliteStore:
 
         return await self._write(work)
 
+    async def announce(self, owner: str, text: str, *, ttl_s: float) -> None:
+        def work(db: sqlite3.Connection, now: float) -> None:
+            db.execute(
+                "INSERT OR REPLACE INTO notices VALUES (?, ?, ?, ?)", (self._namespace, owner, now + ttl_s, text)
+            )
+            db.execute("DELETE FROM notices WHERE until <= ?", (now,))
+
+        await self._write(work)
+
+    async def notices(self) -> Mapping[str, str]:
+        def work(db: sqlite3.Connection, now: float) -> Mapping[str, str]:
+            rows = db.execute(
+                "SELECT owner, document FROM notices WHERE namespace = ? AND until > ?", (self._namespace, now)
+            )
+            return dict(rows.fetchall())
+
+        return await self._read(work)
+
     async def ping(self) -> str:
         version = await self._read(lambda db, now: str(db.execute("SELECT sqlite_version()").fetchone()[0]))
         return f"sqlite {version}"

@@ -225,7 +225,8 @@ class AdaptiveScheduler:
     def _admit(self, limits: _Limits) -> tuple[tuple[JobId, ...], float | None]:
         """Questions 2 and 3: the jobs, and when to ask again if the pace held one back."""
         admitted: list[JobId] = []
-        held = math.ceil(self._settings.held_slots * limits.window) if self._first_token_s < math.inf else 0
+        held = min(math.ceil(self._settings.held_slots * limits.window), limits.window - 1)
+        held = held if self._first_token_s < math.inf else 0
         while (free := limits.window - len(self._running)) > 0:
             lanes = [
                 lane for lane, waiting in self._lanes.items() if waiting and (lane is not Lane.BULK or free > held)

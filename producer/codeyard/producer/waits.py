@@ -1,0 +1,139 @@
+"""How long a job submitted now will wait, from what the workers told last.
+
+    wait = (jobs ahead in the lane - free slots) / admissions per second                  Little's law
+
+Ahead are the lane's ready messages at the broker, what workers hold of it and have not begun, and what this
+producer published since the workers looked. The rate is the sum of what the workers measured while the lane
+had a line (worker/scheduling/drain.py); a worker that has not seen one counts as `slots / job_s`. Nothing is
+promised where nothing is known: no worker has announced itself lately, or none has finished a job yet.
+
+Refreshed at most every `PERIOD_S` while jobs are submitted: the first of them waits for it, no longer than
+`WAIT_S`. A store that does not answer costs the estimate, never the submission.
+Called by: producer.submission.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from codeyard.shared.errors import StoreUnavailable
+from codeyard.shared.job import Lane
+from codeyard.shared.notice import ModelNotice, Notice, fleet
+from codeyard.shared.sharding import shards_of
+from codeyard.shared.store.port import Store
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.5
+WAIT_S = 0.5
+STALE_S = 5.0  # an older board says nothing
+LAG_S = 0.5  # a notice tells of the queues as they were about this long before it was read
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    at_s: float
+    revision: str
+    lane: Lane
+    shard: int
+
+
+def estimated_start_s(workers: Sequence[ModelNotice], lane: Lane, *, on_the_way: int) -> float | None:
+    """Seconds until a job submitted now would start; None if that is not known.
+
+    Args:
+        workers: what each worker that serves the job's revision told.
+        on_the_way: jobs of the lane published since they looked.
+    """
+    serving = [one for one in workers if one.serving and one.slots]
+    if not serving:
+        return None
+    backlog = max(sum(one.backlog.get(lane, ())) for one in serving)  # each sees the whole queue
+    in_hand = sum(one.waiting.get(lane, 0) for one in serving)
+    free = sum(max(0, one.slots - one.running - sum(one.waiting.values())) for one in serving)
+    ahead = backlog + in_hand + on_the_way - free
+    if ahead < 0:
+        return 0.0
+    rate = sum(_rate(one, lane) for one in serving)
+    return (ahead + 1) / rate if rate > 0 else None
+
+
+def _rate(worker: ModelNotice, lane: Lane) -> float:
+    if (measured := worker.rate.get(lane)) is not None:
+        return measured
+    return worker.slots / worker.job_s if worker.job_s else 0.0
+
+
+class WaitBoard:
+    """What one producer knows of the fleet's load. Needs `close`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._notices: list[Notice] = []
+        self._seen_s = float("-inf")
+        self._asked_s = float("-inf")
+        self._published: list[_Published] = []
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
+
+    async def ready(self) -> None:
+        """Before a group is estimated: begins a refresh if it is time for one."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s >= PERIOD_S and (self._refreshing is None or self._refreshing.done()):
+            self._asked_s = now_s
+            self._refreshing = asyncio.create_task(self._refresh(), name="wait board")
+        if now_s - self._seen_s > PERIOD_S and self._refreshing is not None:
+            await asyncio.wait([self._refreshing], timeout=WAIT_S)
+
+    def estimate_s(self, revision: str, lane: Lane) -> float | None:
+        """Seconds until a job submitted now would start; None if that is not known."""
+        if time.monotonic() - self._seen_s > STALE_S:
+            return None
+        self._forget()
+        coming = sum(one.revision == revision and one.lane is lane for one in self._published)
+        return estimated_start_s(self._workers(revision), lane, on_the_way=coming)
+
+    def shard(self, revision: str, lane: Lane, tenant: str, *, shards: int, per_tenant: int) -> int:
+        """The emptiest of the tenant's shards, by what is known; any of them where nothing is."""
+        if shards == 1:
+            return 0
+        depths: Counter[int] = Counter()
+        for worker in self._workers(revision):
+            for shard, depth in enumerate(worker.backlog.get(lane, ())):
+                depths[shard] = max(depths[shard], depth)
+        self._forget()
+        for one in self._published:
+            if one.revision == revision and one.lane is lane:
+                depths[one.shard] += 1
+        hand = shards_of(tenant, shards=shards, per_tenant=per_tenant)
+        return min(hand, key=lambda shard: (depths[shard], random.random()))
+
+    def publishing(self, revision: str, lane: Lane, shard: int) -> None:
+        """This producer is about to publish a job there."""
+        self._published.append(_Published(time.monotonic(), revision, lane, shard))
+
+    def _workers(self, revision: str) -> list[ModelNotice]:
+        base = revision.split("@", 1)[0]  # an adapter's jobs wait in its base's queues
+        return [model for notice in self._notices for model in notice.models if model.revision == base]
+
+    def _forget(self) -> None:
+        """What was published before the workers last looked is in their notices."""
+        seen_s = self._seen_s - LAG_S
+        if self._published and self._published[0].at_s < seen_s:
+            self._published = [one for one in self._published if one.at_s >= seen_s]
+
+    async def _refresh(self) -> None:
+        try:
+            self._notices = await fleet(self._store)
+        except StoreUnavailable as error:
+            log.debug("no_notices", extra={"error": str(error)})
+            return
+        self._seen_s = time.monotonic()
