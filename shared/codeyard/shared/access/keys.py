@@ -55,10 +55,6 @@ class ApiKey(BaseModel):
     expires_at: float | None = None
     revoked_at: float | None = None
 
-    def fits(self, presented: "Presented") -> bool:
-        """Whether this is the key that was presented; takes the same time either way."""
-        return hmac.compare_digest(self.digest, presented.digest)
-
     def state(self, now: float) -> Literal["valid", "expired", "revoked"]:
         if self.revoked_at is not None:
             return "revoked"
@@ -81,6 +77,10 @@ class Presented:
 
     id: str
     digest: str
+
+    def matches(self, digest: str) -> bool:
+        """In constant time."""
+        return hmac.compare_digest(self.digest, digest)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
