@@ -40,6 +40,8 @@ async def live(stores: StoreYard, life: Life) -> None:
 
         assert await getattr(store, name)(requests) == expected, where
         assert await store.read([job.id for job in jobs]) == [model.records.get(job.id) for job in jobs], where
+        known = [model.records.get(job.id) for job in jobs]
+        assert await store.states([job.id for job in jobs]) == [one.state if one else None for one in known], where
         for job in jobs:
             assert await store.events(job.id, after=0) == model.streams.get(job.id, []), where
         assert sorted(await store.due(10)) == sorted(model.due(now)), where

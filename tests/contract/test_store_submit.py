@@ -273,6 +273,11 @@ async def test_a_job_nobody_knows_is_missing_and_its_neighbours_are_not(store: S
     await store.reserve([reservation_of(job)])
 
     unknown, known, made_up = await store.read(["00000000-0000-0000-0000-000000000000", job.id, "j\u00f6b\n"])
+    assert await store.states([job.id, "00000000-0000-0000-0000-000000000000", "j\u00f6b\n"]) == [
+        State.RESERVED,
+        None,
+        None,
+    ]
 
     assert (unknown, made_up) == (None, None)
     assert known is not None

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from codeyard.shared.alias import Alias
 from codeyard.shared.job import Job, JobId
-from codeyard.shared.record import Event, Record, Result
+from codeyard.shared.record import Event, Record, Result, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +235,9 @@ class Store(Protocol):
     async def cancel(self, group: Sequence[JobId]) -> list[CancelVerdict]: ...
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]: ...
+
+    async def states(self, group: Sequence[JobId]) -> list[State | None]:
+        """The state alone of each record; None where there is none."""
 
     async def events(self, job_id: JobId, *, after: int, limit: int = 1_000) -> list[Event]:
         """Events with `seq > after`, in order. Empty if there are none (yet), or no such job."""

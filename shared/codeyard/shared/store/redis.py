@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from codeyard.shared.alias import Alias
 from codeyard.shared.job import JobId
-from codeyard.shared.record import Event, Record
+from codeyard.shared.record import Event, Record, State
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.store import redis_codec as codec
 from codeyard.shared.store.port import (
@@ -152,6 +152,10 @@ class RedisStore:
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
         outcomes = await self._call("read", group, codec.job_id)
         return [codec.record(stored) if stored else None for stored in outcomes]
+
+    async def states(self, group: Sequence[JobId]) -> list[State | None]:
+        outcomes = await self._call("states", group, codec.job_id)
+        return [State(state) if state else None for state in outcomes]
 
     async def events(self, job_id: JobId, *, after: int, limit: int = 1_000) -> list[Event]:
         key = self._topology.job_key(job_id, "events")

@@ -21,7 +21,7 @@ from codeyard.shared.embedded.transactions import Work
 from codeyard.shared.embedded.watcher import Watcher
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import JobId
-from codeyard.shared.record import Event, Record
+from codeyard.shared.record import Event, Record, State
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.store import transitions
 from codeyard.shared.store.port import (
@@ -111,6 +111,17 @@ class SqliteStore:
         def work(db: sqlite3.Connection, now: float) -> list[Record | None]:
             rows = (_load(db, self._namespace, job_id, now) for job_id in group)
             return [row.record if row else None for row in rows]
+
+        return await self._read(work)
+
+    async def states(self, group: Sequence[JobId]) -> list[State | None]:
+        def work(db: sqlite3.Connection, now: float) -> list[State | None]:
+            query = "SELECT record ->> 'state' FROM jobs WHERE namespace = ? AND id = ? AND expires_at > ?"
+            rows = (
+                db.execute(query, (self._namespace, job_id, now)).fetchone() if _storable(job_id) else None
+                for job_id in group
+            )
+            return [State(row[0]) if row else None for row in rows]
 
         return await self._read(work)
 
