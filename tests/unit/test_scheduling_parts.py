@@ -14,7 +14,6 @@ from codeyard.worker.scheduling.mix import MixEstimate
 from codeyard.worker.scheduling.port import Candidate
 from codeyard.worker.scheduling.step_time import PRIOR, StepCost, StepTime
 from codeyard.worker.scheduling.tenants import Tenants
-from codeyard.worker.scheduling.wait import WaitEstimate
 from codeyard.worker.scheduling.window import Mix, prompt_room, widest
 
 H200 = StepCost(base_s=0.0047, per_job_s=3e-5, per_prompt_token_s=2.2e-5)
@@ -272,33 +271,6 @@ def test_no_waiting_job_is_lost_or_taken_twice(events: list[tuple[str, str, floa
 
     assert tenants.next() is None
     assert len(tenants) == 0
-
-
-# Wait ----------------------------------------------------------------------------------------------
-
-
-def test_the_wait_is_the_line_over_the_rate_at_which_it_drains() -> None:
-    """Little's law: 50 jobs ahead at 100 a second is half a second."""
-    waits = WaitEstimate(workers=1)
-    for number in range(300):
-        waits.started(Lane.STANDARD, number / 100)
-
-    estimate_s = waits.estimate_s(Lane.STANDARD, {Lane.STANDARD: 50}, 3.0)
-
-    assert estimate_s == pytest.approx(0.5, rel=0.15)
-
-
-def test_nobody_waits_without_a_line() -> None:
-    """An idle lane's rate says how fast jobs came, not how fast they could have gone."""
-    assert WaitEstimate(workers=4).estimate_s(Lane.INTERACTIVE, {Lane.INTERACTIVE: 3}, 10.0) == 0.0
-
-
-def test_a_line_that_does_not_move_promises_no_early_start() -> None:
-    """No admission for a while: the estimate is long, not zero and not infinite."""
-    waits = WaitEstimate(workers=1)
-    waits.started(Lane.BULK, 0.0)
-
-    assert 10 <= waits.estimate_s(Lane.BULK, {Lane.BULK: 100}, 50.0) < 1_000
 
 
 # Sharding ------------------------------------------------------------------------------------------

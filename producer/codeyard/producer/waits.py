@@ -1,14 +1,8 @@
-"""How long a job submitted now will wait, from what the workers told last.
+"""How long a job submitted now will wait, and which shard is emptiest: what one producer knows of the fleet.
 
-    wait = (jobs ahead in the lane - free slots) / admissions per second                  Little's law
-
-Ahead are the lane's ready messages at the broker, what workers hold of it and have not begun, and what this
-producer published since the workers looked. The rate is the sum of what the workers measured while the lane
-had a line (worker/scheduling/drain.py); a worker that has not seen one counts as `slots / job_s`. Nothing is
-promised where nothing is known: no worker has announced itself lately, or none has finished a job yet.
-
-Refreshed at most every `PERIOD_S` while jobs are submitted: the first of them waits for it, no longer than
-`WAIT_S`. A store that does not answer costs the estimate, never the submission.
+The estimate is `shared.notice.estimated_start_s` over the workers' notices and what this producer published
+since they looked. Refreshed at most every `PERIOD_S` while jobs are submitted: the first of them waits for it,
+no longer than `WAIT_S`. A store that does not answer costs the estimate, never the submission.
 Called by: producer.submission.
 """
 
@@ -17,12 +11,11 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import Lane
-from codeyard.shared.notice import ModelNotice, Notice, fleet
+from codeyard.shared.notice import ModelNotice, Notice, estimated_start_s, fleet
 from codeyard.shared.sharding import shards_of
 from codeyard.shared.store.port import Store
 
@@ -40,32 +33,6 @@ class _Published:
     revision: str
     lane: Lane
     shard: int
-
-
-def estimated_start_s(workers: Sequence[ModelNotice], lane: Lane, *, on_the_way: int) -> float | None:
-    """Seconds until a job submitted now would start; None if that is not known.
-
-    Args:
-        workers: what each worker that serves the job's revision told.
-        on_the_way: jobs of the lane published since they looked.
-    """
-    serving = [one for one in workers if one.serving and one.slots]
-    if not serving:
-        return None
-    backlog = max(sum(one.backlog.get(lane, ())) for one in serving)  # each sees the whole queue
-    in_hand = sum(one.waiting.get(lane, 0) for one in serving)
-    free = sum(max(0, one.slots - one.running - sum(one.waiting.values())) for one in serving)
-    ahead = backlog + in_hand + on_the_way - free
-    if ahead < 0:
-        return 0.0
-    rate = sum(_rate(one, lane) for one in serving)
-    return (ahead + 1) / rate if rate > 0 else None
-
-
-def _rate(worker: ModelNotice, lane: Lane) -> float:
-    if (measured := worker.rate.get(lane)) is not None:
-        return measured
-    return worker.slots / worker.job_s if worker.job_s else 0.0
 
 
 class WaitBoard:
@@ -99,7 +66,8 @@ class WaitBoard:
             return None
         self._forget()
         coming = sum(one.revision == revision and one.lane is lane for one in self._published)
-        return estimated_start_s(self._workers(revision), lane, on_the_way=coming)
+        age_s = time.monotonic() - self._seen_s + LAG_S
+        return estimated_start_s(self._workers(revision), lane, on_the_way=coming, age_s=age_s)
 
     def shard(self, revision: str, lane: Lane, tenant: str, *, shards: int, per_tenant: int) -> int:
         """The emptiest of the tenant's shards, by what is known; any of them where nothing is."""

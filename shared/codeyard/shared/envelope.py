@@ -56,9 +56,8 @@ def seal(
         headers["deadline"] = deadline_at
     if traceparent:
         headers["traceparent"] = traceparent
-    return Message(
-        queue=topology.job_queue(job.revision, job.lane, job.shard), message_id=job.id, body=job.encode(), headers=headers
-    )
+    queue = topology.job_queue(job.revision, job.lane, job.shard)
+    return Message(queue=queue, message_id=job.id, body=job.encode(), headers=headers)
 
 
 def open_delivery(delivery: Delivery) -> Envelope:

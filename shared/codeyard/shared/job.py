@@ -62,8 +62,8 @@ class Job(BaseModel):
     """One code-generation job. Frozen; unknown envelope fields are kept and passed on.
 
     `prompt` is text, or token ids of the model's own vocabulary. `revision` and `shard` (which of its
-    lane's queues) are filled in when the job is pinned at submission. `stream` asks the worker to publish tokens as they come; any job
-    can be read as a stream, one without it arrives in one piece.
+    lane's queues) are filled in when the job is pinned at submission. `stream` asks the worker to publish
+    tokens as they come; any job can be read as a stream, one without it arrives in one piece.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")

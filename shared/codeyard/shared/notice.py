@@ -27,7 +27,7 @@ class ModelNotice:
     revision: str
     tier: str  # awake | asleep | disk: where its weights are on this worker
     serving: bool = False
-    slots: int = 0  # jobs its engine runs at once; 0 while it is not loaded
+    slots: int = 0  # jobs it would let run at once now: its window; 0 while it is not loaded
     running: int = 0
     waiting: Mapping[Lane, int] = field(default_factory=dict)  # in this worker's hand
     backlog: Mapping[Lane, tuple[int, ...]] = field(
@@ -61,6 +61,42 @@ class Notice:
 
 _ADAPTER = TypeAdapter(Notice)
 _FIELDS = TypeAdapter(dict[str, object])
+
+
+def estimated_start_s(
+    workers: Sequence[ModelNotice], lane: Lane, *, on_the_way: int, age_s: float = 0.0
+) -> float | None:
+    """Seconds until a job submitted now would start; None if that is not known.
+
+        wait = (jobs ahead in the lane - free slots) / admissions per second            Little's law
+
+    Ahead are the lane's ready messages at the broker, what workers hold of it and have not begun, and what is
+    on the way. The rate is the sum of what the workers measured while the lane had a line
+    (worker/scheduling/drain.py); one that has not seen a line counts as `slots / job_s`. Not known where
+    nobody serves the model, or none has finished a job yet.
+
+    Args:
+        workers: what each worker that serves the job's revision told.
+        on_the_way: jobs of the lane published since they looked.
+        age_s: how long ago they looked; the lane has drained since.
+    """
+    serving = [one for one in workers if one.serving and one.slots]
+    if not serving:
+        return None
+    backlog = max(sum(one.backlog.get(lane, ())) for one in serving)  # each sees the whole queue
+    in_hand = sum(one.waiting.get(lane, 0) for one in serving)
+    free = sum(max(0, one.slots - one.running - sum(one.waiting.values())) for one in serving)
+    rate = sum(_rate(one, lane) for one in serving)
+    ahead = backlog + in_hand + on_the_way - free - rate * age_s
+    if ahead < 0:
+        return 0.0
+    return (ahead + 1) / rate if rate > 0 else None
+
+
+def _rate(worker: ModelNotice, lane: Lane) -> float:
+    if (measured := worker.rate.get(lane)) is not None:
+        return measured
+    return worker.slots / worker.job_s if worker.job_s else 0.0
 
 
 async def fleet(store: Store) -> list[Notice]:

@@ -93,13 +93,13 @@ class Line:
 
     def notice(self, tier: str, backlog: Mapping[Lane, tuple[int, ...]]) -> ModelNotice:
         """What producers estimate a wait from."""
-        runner, info = self._runner, self.lease.engine.info
+        runner = self._runner
         return ModelNotice(
             alias=self.served.alias,
             revision=self.served.revision,
             tier=tier,
             serving=runner is not None,
-            slots=info.max_running,
+            slots=runner.window if runner else 0,
             running=runner.num_running if runner else 0,
             waiting=dict(runner.waiting()) if runner else {},
             backlog=backlog,

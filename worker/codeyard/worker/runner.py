@@ -95,6 +95,10 @@ class Runner:
         return Counter(held.job.lane for held in self._waiting.values())
 
     @property
+    def window(self) -> int:
+        return self._scheduler.window
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -16,9 +16,9 @@ from collections import deque
 
 from codeyard.shared.job import Lane
 
-MOST = 256  # admissions looked back on
+MOST = 64  # admissions looked back on
 FEWEST = 4  # fewer say too little
-SPAN_S = 20.0  # and not further than this
+SPAN_S = 5.0  # and not further than this
 JOBS = 32.0  # that the mean of `job_s` looks back on, about
 
 

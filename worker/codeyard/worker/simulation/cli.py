@@ -18,8 +18,9 @@ from rich.table import Table
 from codeyard.shared.errors import SettingsError
 from codeyard.worker.simulation.calibrate import calibrate
 from codeyard.worker.simulation.checks import Check, calibration, flood, greedy
-from codeyard.worker.simulation.compare import simulate_one, simulate_replay
+from codeyard.worker.simulation.compare import simulate_replay
 from codeyard.worker.simulation.latency import LatencyTable, load_table
+from codeyard.worker.simulation.many import Task, run_many
 from codeyard.worker.simulation.metrics import RunStats
 from codeyard.worker.simulation.plan import Loss
 from codeyard.worker.simulation.policies import OURS, known_policies
@@ -52,6 +53,7 @@ Time is simulated too, so an hour of traffic takes seconds, and the same seed gi
   codeyard simulate --trace burst --trace flood --policy adaptive --policy fixed-256
   codeyard simulate --compare                        every policy, trace and load; the tables of docs/scheduling.md
   codeyard simulate --compare --workers 5 --jobs 5000  the same in minutes
+  codeyard simulate --compare --processes 8 --keep runs/  as fast as the machine allows, to be gone on with later
   codeyard simulate --trace mine.csv --workers 12    replay: arrived_s,lane,tenant,prompt_tokens,completion_tokens
   codeyard simulate --loss 5:10 --load 0.9           ten workers die five seconds in
   codeyard simulate --calibrate                      the simulated engine beside the measured one
@@ -107,12 +109,18 @@ fleet finishes with every slot full.
     type=click.Path(path_type=Path, file_okay=False),
     help="Write PNG plots and report.html into this folder.",
 )
+@click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at once.")
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep each run in this folder as it ends; the same run is not made twice, so a comparison can go on later.",
+)
 @click.option("--list", "only_list", is_flag=True, help="List traces and policies, and end.")
 def simulate(
     traces: tuple[str, ...], policies: tuple[str, ...], loads: tuple[float, ...], workers: int | None,
     jobs: int | None, seeds: tuple[int, ...], table_path: Path | None, losses: tuple[str, ...], compare: bool,
     scale: bool, only_calibrate: bool, as_json: bool, by_tenant: bool, markdown: Path | None,
-    plots: Path | None, only_list: bool,
+    plots: Path | None, processes: int, keep: Path | None, only_list: bool,
 ) -> None:  # fmt: skip
     console = _console(as_json)
     try:
@@ -125,7 +133,7 @@ def simulate(
             run(
                 table=table, traces=traces, policies=policies, loads=loads, workers=workers, jobs=jobs, seeds=seeds,
                 losses=losses, compare=compare, scale=scale, as_json=as_json, by_tenant=by_tenant,
-                markdown=markdown, plots=plots,
+                markdown=markdown, plots=plots, processes=processes, keep=keep,
                 console=console,
             )  # fmt: skip
     except SettingsError as error:
@@ -148,6 +156,8 @@ def run(
     by_tenant: bool = False,
     markdown: Path | None = None,
     plots: Path | None = None,
+    processes: int = 1,
+    keep: Path | None = None,
     console: Console | None = None,
 ) -> list[RunStats]:
     """Run what was asked for, report it, return it. Raises SettingsError for names nobody knows."""
@@ -160,48 +170,25 @@ def run(
     cell_loads = tuple(loads) or (scenarios.loads if compare else (0.95,))
     cell_seeds = tuple(seeds) or (scenarios.report_seeds if compare else (scenarios.report_seeds[0],))
     deaths = tuple(_loss(text) for text in losses)
-    todo = [(n, load, seed, p) for n in names for load in cell_loads for seed in cell_seeds for p in chosen]
+    keys = [(n, load, seed, p) for seed in cell_seeds for n in names for load in cell_loads for p in chosen]
 
     runs: list[RunStats] = []
     with _progress(console) as bars:
-        progress = _Bar(bars, len(todo))
-        for name, load, seed, policy_name in todo:
-            tick = progress.starts(f"{name} {load:g} {policy_name} seed {seed}")
-            if name.endswith(".csv"):
-                path = Path(name)
-                length_s = max((job.arrived_s for job in replay(path)), default=0.0) + 1.0
-                promises = scenarios.traces["steady"].promises
-                trace = Trace(what=name, promises=promises, streams=scenarios.traces["steady"].streams)
-                runs.append(
-                    simulate_replay(
-                        path.stem,
-                        trace,
-                        table,
-                        replay(path),
-                        policy_name=policy_name,
-                        workers=workers,
-                        length_s=length_s,
-                        losses=deaths,
-                        tick=tick,
-                    )
-                )
-            else:
-                trace = scenarios.traces[name]
-                runs.append(
-                    simulate_one(
-                        name,
-                        trace,
-                        table,
-                        policy_name=policy_name,
-                        workers=workers,
-                        load=load,
-                        jobs=jobs,
-                        seed=seed,
-                        losses=deaths,
-                        tick=tick,
-                    )
-                )
+        progress = _Bar(bars, len(keys))
+        for name, _, _, policy_name in [key for key in keys if key[0].endswith(".csv")]:
+            tick = progress.starts(f"{name} {policy_name}")
+            runs.append(_replay(Path(name), policy_name, scenarios, table, workers=workers, losses=deaths, tick=tick))
             progress.ended()
+        tasks = [
+            Task(name, scenarios.traces[name], table, policy_name, workers, load, jobs, seed, deaths)
+            for name, load, seed, policy_name in keys
+            if not name.endswith(".csv")
+        ]
+        found_runs: dict[int, RunStats] = {}
+        for place, stats in run_many(tasks, processes=processes, keep=keep, begins=progress.starts):
+            found_runs[place] = stats
+            progress.ended()
+        runs += [found_runs[place] for place in range(len(tasks))]
         checks = _checks(runs, scenarios, table, cell_seeds[0], progress) if compare else []
     found = cells(runs)
     checks = [*verdicts(found), *checks]
@@ -219,6 +206,25 @@ def run(
         for path in write_plots(runs, checks, plots):
             console.print(f"wrote {path}")
     return runs
+
+
+def _replay(
+    path: Path,
+    policy_name: str,
+    scenarios: Scenarios,
+    table: LatencyTable,
+    *,
+    workers: int,
+    losses: tuple[Loss, ...],
+    tick: Callable[[float], None],
+) -> RunStats:
+    length_s = max((job.arrived_s for job in replay(path)), default=0.0) + 1.0
+    steady = scenarios.traces["steady"]
+    trace = Trace(what=path.name, promises=steady.promises, streams=steady.streams)
+    return simulate_replay(
+        path.stem, trace, table, replay(path), policy_name=policy_name, workers=workers, length_s=length_s,
+        losses=losses, tick=tick,
+    )  # fmt: skip
 
 
 def _checks(

@@ -22,10 +22,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from codeyard.shared.job import JobId, Lane
+from codeyard.shared.notice import ModelNotice, estimated_start_s
 from codeyard.shared.settings import Promise
 from codeyard.shared.sharding import shards_of
+from codeyard.worker.scheduling.drain import DrainRate
 from codeyard.worker.scheduling.port import Candidate, EngineLoad
-from codeyard.worker.scheduling.wait import WaitEstimate
 from codeyard.worker.simulation.engine import NEVER, SimEngine, SimJob
 from codeyard.worker.simulation.latency import LatencyTable
 from codeyard.worker.simulation.metrics import LaneStats, RunStats, Sample
@@ -40,7 +41,10 @@ _NO_PROMISE = Promise()
 
 
 class _Worker:
-    __slots__ = ("alive", "credit", "due_s", "engine", "held", "number", "probe", "probe_tokens", "scheduler", "wake_s")
+    __slots__ = (
+        "alive", "credit", "drain", "due_s", "engine", "held", "number", "probe", "probe_tokens", "scheduler",
+        "waiting", "wake_s",
+    )  # fmt: skip
 
     def __init__(self, number: int, policy: Policy, table: LatencyTable, queues: int, credit: int) -> None:
         self.number = number
@@ -48,6 +52,8 @@ class _Worker:
         self.engine = SimEngine(table, by_priority=policy.by_priority)
         self.credit = [credit] * queues
         self.held: dict[JobId, SimJob] = {}
+        self.waiting = dict.fromkeys(Lane, 0)  # of them, those not in the engine
+        self.drain = DrainRate()
         self.due_s = NEVER  # the time of its live entry in the event heap
         self.wake_s = NEVER  # when its scheduler wants to be asked again
         self.probe = ""
@@ -72,10 +78,11 @@ class Fleet:
         self._events: list[tuple[float, int, _Worker | Callable[[float], None]]] = []
         self._order = 0
         self._backlog: dict[Lane, int] = dict.fromkeys(Lane, 0)
-        self._waits = WaitEstimate(workers=plan.workers)
+        self._board: list[ModelNotice] = []  # what the workers told last
+        self._board_s = -math.inf
+        self._on_the_way = dict.fromkeys(Lane, 0)  # arrivals since
         self._promises = {lane: plan.promises.get(lane, _NO_PROMISE) for lane in Lane}
         self._urgent = 0
-        self._unadmitted = dict.fromkeys(Lane, 0)  # in a worker's hand or at the broker
 
     def run(self, arrivals: Iterator[SimJob], *, tick: Callable[[float], None] | None = None) -> RunStats:
         """Until the plan's length is over. `tick` hears the share that is done, now and then.
@@ -128,8 +135,8 @@ class Fleet:
         stats.lanes[job.lane].arrived += 1
         if (tenant := self._tenant(job)) is not None:
             tenant.arrived += 1
-        job.estimate_s = self._waits.estimate_s(job.lane, self._unadmitted, now_s)
-        self._unadmitted[job.lane] += 1
+        job.estimate_s = self._estimate_s(job.lane, now_s)
+        self._on_the_way[job.lane] += 1
         if job.lane is Lane.INTERACTIVE:
             self._urgent += 1
         base = _LANE_PLACE[job.lane] * self._plan.num_shards
@@ -155,8 +162,41 @@ class Fleet:
             self._hands[tenant] = hand
         return hand
 
+    def _estimate_s(self, lane: Lane, now_s: float) -> float:
+        """As a producer estimates it: from notices up to a period old, and its own arrivals since."""
+        if now_s - self._board_s >= DEPTH_POLL_S:
+            self._board = self._notices(now_s)
+            self._board_s = now_s
+            self._on_the_way = dict.fromkeys(Lane, 0)
+        age_s = now_s - self._board_s
+        return estimated_start_s(self._board, lane, on_the_way=self._on_the_way[lane], age_s=age_s) or 0.0
+
+    def _notices(self, now_s: float) -> list[ModelNotice]:
+        shards = self._plan.num_shards
+        backlog = {
+            lane: tuple(len(queue) for queue in self._queues[place * shards : (place + 1) * shards])
+            for lane, place in _LANE_PLACE.items()
+        }
+        return [
+            ModelNotice(
+                alias="",
+                revision="",
+                tier="awake",
+                serving=True,
+                slots=worker.scheduler.window,
+                running=len(worker.held) - sum(worker.waiting.values()),
+                waiting=dict(worker.waiting),
+                backlog=backlog,
+                rate=worker.drain.rates(now_s),
+                job_s=worker.drain.job_s,
+            )
+            for worker in self._workers
+            if worker.alive
+        ]
+
     def _offer(self, worker: _Worker, job: SimJob, now_s: float) -> None:
         worker.held[job.id] = job
+        worker.waiting[job.lane] += 1
         worker.scheduler.offer(
             Candidate(
                 job.id,
@@ -180,6 +220,9 @@ class Fleet:
         if decision.admit:
             jobs = [worker.held[job_id] for job_id in decision.admit]
             for job in jobs:
+                worker.waiting[job.lane] -= 1
+                line = worker.waiting[job.lane] + self._depth(job.lane)
+                worker.drain.admitted(job.lane, line=line, now_s=now_s)
                 if job.started_s < 0:
                     self._started(job, now_s)
             worker.engine.submit(jobs, now_s)
@@ -187,8 +230,6 @@ class Fleet:
 
     def _started(self, job: SimJob, now_s: float) -> None:
         job.started_s = now_s
-        self._unadmitted[job.lane] -= 1
-        self._waits.started(job.lane, now_s)
         waited_s = now_s - job.arrived_s
         self._stats.lanes[job.lane].wait.add(waited_s)
         if (tenant := self._tenant(job)) is not None:
@@ -245,6 +286,7 @@ class Fleet:
                 worker.probe_tokens = generated
 
     def _finished(self, worker: _Worker, job: SimJob, now_s: float) -> None:
+        worker.drain.ended(now_s - job.started_s)
         done_s = now_s + self._table.frontend_s
         promise = self._promises[job.lane]
         self._stats.lanes[job.lane].ended(job, done_s, promise)
