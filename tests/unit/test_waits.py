@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from codeyard.producer.waits import WaitBoard
 from codeyard.shared.job import Lane
-from codeyard.shared.notice import ModelNotice, Notice, estimated_start_s
+from codeyard.shared.notice import LaneLoad, ModelNotice, Notice, lane_load
 from codeyard.shared.sharding import shards_of
 from codeyard.shared.store.port import Store
 from codeyard.worker.scheduling.drain import SPAN_S, DrainRate
@@ -19,7 +19,8 @@ BUSY = replace(IDLE, running=8, waiting={BULK: 2}, backlog={BULK: (30, 8)}, rate
 
 
 def estimate(*workers: ModelNotice, lane: Lane = BULK, on_the_way: int = 0) -> float | None:
-    return estimated_start_s(workers, lane, on_the_way=on_the_way)
+    load = lane_load(workers, lane)
+    return load.start_s(on_the_way=on_the_way) if load else None
 
 
 def test_a_free_slot_is_no_wait() -> None:
@@ -39,8 +40,10 @@ def test_a_line_drains_at_the_rate_that_was_measured() -> None:
 
 def test_what_was_taken_since_the_workers_looked_is_no_longer_ahead() -> None:
     """A board is up to a second old; counting only what came since would make every line look longer."""
-    assert estimated_start_s([BUSY], BULK, on_the_way=4, age_s=1.0) == pytest.approx(41 / 4)
-    assert estimated_start_s([BUSY], BULK, on_the_way=0, age_s=60.0) == 0.0
+    load = LaneLoad(waiting=40, free=0, rate=4.0)
+
+    assert load.start_s(on_the_way=4, age_s=1.0) == pytest.approx(41 / 4)
+    assert load.start_s(on_the_way=0, age_s=60.0) == 0.0
 
 
 def test_nothing_is_promised_where_nothing_is_known() -> None:

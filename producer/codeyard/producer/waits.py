@@ -1,6 +1,6 @@
 """How long a job submitted now will wait, and which shard is emptiest: what one producer knows of the fleet.
 
-The estimate is `shared.notice.estimated_start_s` over the workers' notices and what this producer published
+The estimate is `shared.notice.LaneLoad` of the workers' notices, and what this producer published
 since they looked. Refreshed at most every `PERIOD_S` while jobs are submitted: the first of them waits for it,
 no longer than `WAIT_S`. A store that does not answer costs the estimate, never the submission.
 Called by: producer.submission.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import Lane
-from codeyard.shared.notice import ModelNotice, Notice, estimated_start_s, fleet
+from codeyard.shared.notice import ModelNotice, Notice, fleet, lane_load
 from codeyard.shared.sharding import shards_of
 from codeyard.shared.store.port import Store
 
@@ -66,8 +66,8 @@ class WaitBoard:
             return None
         self._forget()
         coming = sum(one.revision == revision and one.lane is lane for one in self._published)
-        age_s = time.monotonic() - self._seen_s + LAG_S
-        return estimated_start_s(self._workers(revision), lane, on_the_way=coming, age_s=age_s)
+        load = lane_load(self._workers(revision), lane)
+        return load.start_s(on_the_way=coming, age_s=time.monotonic() - self._seen_s + LAG_S) if load else None
 
     def shard(self, revision: str, lane: Lane, tenant: str, *, shards: int, per_tenant: int) -> int:
         """The emptiest of the tenant's shards, by what is known; any of them where nothing is."""

@@ -1,4 +1,4 @@
-"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, simulate."""
+"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, keys, models, simulate."""
 
 import importlib
 
@@ -13,6 +13,8 @@ COMMANDS = {
     "result": ("codeyard.cli.jobs", "result"),
     "cancel": ("codeyard.cli.jobs", "cancel"),
     "jobs": ("codeyard.cli.jobs", "jobs"),
+    "keys": ("codeyard.cli.keys", "keys"),
+    "models": ("codeyard.cli.models", "models"),
     "simulate": ("codeyard.worker.simulation.cli", "simulate"),
 }
 

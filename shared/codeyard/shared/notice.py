@@ -63,34 +63,44 @@ _ADAPTER = TypeAdapter(Notice)
 _FIELDS = TypeAdapter(dict[str, object])
 
 
-def estimated_start_s(
-    workers: Sequence[ModelNotice], lane: Lane, *, on_the_way: int, age_s: float = 0.0
-) -> float | None:
-    """Seconds until a job submitted now would start; None if that is not known.
+@dataclass(frozen=True, slots=True)
+class LaneLoad:
+    """One lane of one revision, over all workers that serve it, as they told it."""
 
-        wait = (jobs ahead in the lane - free slots) / admissions per second            Little's law
+    waiting: int  # jobs at the broker, and in workers' hands and not begun
+    free: int  # slots without a job
+    rate: float  # admissions per second; 0 where nothing is known
 
-    Ahead are the lane's ready messages at the broker, what workers hold of it and have not begun, and what is
-    on the way. The rate is the sum of what the workers measured while the lane had a line
-    (worker/scheduling/drain.py); one that has not seen a line counts as `slots / job_s`. Not known where
-    nobody serves the model, or none has finished a job yet.
+    def start_s(self, *, on_the_way: int, age_s: float = 0.0) -> float | None:
+        """Seconds until a job submitted now would start; None if that is not known.
 
-    Args:
-        workers: what each worker that serves the job's revision told.
-        on_the_way: jobs of the lane published since they looked.
-        age_s: how long ago they looked; the lane has drained since.
+            wait = (jobs ahead in the lane - free slots) / admissions per second            Little's law
+
+        Args:
+            on_the_way: jobs of the lane published since the workers looked.
+            age_s: how long ago they looked; the lane has drained since.
+        """
+        ahead = self.waiting + on_the_way - self.free - self.rate * age_s
+        if ahead < 0:
+            return 0.0
+        return (ahead + 1) / self.rate if self.rate > 0 else None
+
+
+def lane_load(workers: Sequence[ModelNotice], lane: Lane) -> LaneLoad | None:
+    """Of the workers that serve one revision; None if none does.
+
+    The rate is the sum of what they measured while the lane had a line (worker/scheduling/drain.py); one that
+    has not seen a line counts as `slots / job_s`.
     """
     serving = [one for one in workers if one.serving and one.slots]
     if not serving:
         return None
     backlog = max(sum(one.backlog.get(lane, ())) for one in serving)  # each sees the whole queue
-    in_hand = sum(one.waiting.get(lane, 0) for one in serving)
-    free = sum(max(0, one.slots - one.running - sum(one.waiting.values())) for one in serving)
-    rate = sum(_rate(one, lane) for one in serving)
-    ahead = backlog + in_hand + on_the_way - free - rate * age_s
-    if ahead < 0:
-        return 0.0
-    return (ahead + 1) / rate if rate > 0 else None
+    return LaneLoad(
+        waiting=backlog + sum(one.waiting.get(lane, 0) for one in serving),
+        free=sum(max(0, one.slots - one.running - sum(one.waiting.values())) for one in serving),
+        rate=sum(_rate(one, lane) for one in serving),
+    )
 
 
 def _rate(worker: ModelNotice, lane: Lane) -> float:

@@ -70,6 +70,7 @@ class Result(BaseModel):
     usage: Usage = Usage()
     error: Failure | None = None
     engine: str | None = None  # which engine and version made it; "simulated" says so
+    revision: str | None = None  # of the weights that made it: the one the job was pinned to
     batch_size: int | None = None  # jobs running in the engine when this one started, itself included
     first_token_s: float | None = None  # from this attempt's admission to its first token
     generate_s: float | None = None  # from this attempt's admission to its last token
@@ -99,6 +100,7 @@ class Event(BaseModel):
     text: str = ""
     token_ids: tuple[int, ...] = ()
     state: State | None = None  # of an `end` event
+    revision: str | None = None  # of the weights; on the first event of each worker that generates it
 
     def encode(self) -> str:
         return self.model_dump_json(exclude_defaults=True, exclude_none=True)

@@ -80,6 +80,7 @@ async def execute(
         finish_reason=finish_reason,
         usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=len(held.log.token_ids)),
         engine=engine.info.version,
+        revision=held.job.revision if adapters.get(held.job.revision) else engine.info.revision,
         batch_size=batch_size,
         first_token_s=first_s - started_s if first_s is not None else None,
         generate_s=time.monotonic() - started_s,

@@ -23,6 +23,7 @@ class TokenLog:
     """
 
     last_seq: int  # of the events made so far
+    revision: str | None = None  # said with the first event made here
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     unsent: list[Event] = field(default_factory=list)
@@ -64,7 +65,9 @@ class TokenLog:
 
     def _append(self, kind: EventKind, text: str = "", token_ids: tuple[int, ...] = ()) -> None:
         self.last_seq += 1
-        self.unsent.append(Event(seq=self.last_seq, kind=kind, text=text, token_ids=token_ids))
+        event = Event(seq=self.last_seq, kind=kind, text=text, token_ids=token_ids, revision=self.revision)
+        self.revision = None
+        self.unsent.append(event)
 
 
 @dataclass(slots=True, eq=False)
@@ -97,7 +100,7 @@ class HeldJob:
             claimed_s=now_s,
             submitted_s=now_s - claimed.waited_s,
             deadline_s=now_s + claimed.deadline_in_s,
-            log=TokenLog(last_seq=claimed.last_seq),
+            log=TokenLog(last_seq=claimed.last_seq, revision=envelope.job.revision),
         )
 
     @property

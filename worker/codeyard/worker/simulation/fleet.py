@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from codeyard.shared.job import JobId, Lane
-from codeyard.shared.notice import ModelNotice, estimated_start_s
+from codeyard.shared.notice import LaneLoad, ModelNotice, lane_load
 from codeyard.shared.settings import Promise
 from codeyard.shared.sharding import shards_of
 from codeyard.worker.scheduling.drain import DrainRate
@@ -78,7 +78,7 @@ class Fleet:
         self._events: list[tuple[float, int, _Worker | Callable[[float], None]]] = []
         self._order = 0
         self._backlog: dict[Lane, int] = dict.fromkeys(Lane, 0)
-        self._board: list[ModelNotice] = []  # what the workers told last
+        self._board: dict[Lane, LaneLoad | None] = {}  # what the workers told last
         self._board_s = -math.inf
         self._on_the_way = dict.fromkeys(Lane, 0)  # arrivals since
         self._promises = {lane: plan.promises.get(lane, _NO_PROMISE) for lane in Lane}
@@ -165,11 +165,13 @@ class Fleet:
     def _estimate_s(self, lane: Lane, now_s: float) -> float:
         """As a producer estimates it: from notices up to a period old, and its own arrivals since."""
         if now_s - self._board_s >= DEPTH_POLL_S:
-            self._board = self._notices(now_s)
+            notices = self._notices(now_s)
+            self._board = {lane: lane_load(notices, lane) for lane in Lane}
             self._board_s = now_s
             self._on_the_way = dict.fromkeys(Lane, 0)
         age_s = now_s - self._board_s
-        return estimated_start_s(self._board, lane, on_the_way=self._on_the_way[lane], age_s=age_s) or 0.0
+        load = self._board[lane]
+        return (load.start_s(on_the_way=self._on_the_way[lane], age_s=age_s) if load else None) or 0.0
 
     def _notices(self, now_s: float) -> list[ModelNotice]:
         shards = self._plan.num_shards
