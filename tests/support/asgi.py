@@ -1,7 +1,7 @@
 """The gateway's app without a socket, over jobs that a test makes up."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,13 @@ import httpx
 from fastapi import FastAPI
 
 from codeyard.producer.gateway.app import Probe, create_app
+from codeyard.producer.gateway.auth import Authenticator, Development
+from codeyard.producer.gateway.limits import Limits, States
 from codeyard.shared.errors import JobNotFound, ResultTimeout
 from codeyard.shared.job import JobId, Lane, job_id_for_key
+from codeyard.shared.limits.rules import GiveBack, Level, Live, Take, Taken, Verdict, take
 from codeyard.shared.record import Event, JobStatus, State
-from codeyard.shared.settings import GatewaySettings
+from codeyard.shared.settings import GatewaySettings, LimitSettings
 from codeyard.shared.store.port import CancelVerdict
 from codeyard.shared.telemetry import Metrics
 
@@ -93,6 +96,61 @@ class MadeUpJobs:
             raise self.error
 
 
+class MemoryLimits:
+    """A LimitStore in memory, by the same rules. With `error`, every call raises it."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.now = 1_000.0
+        self.levels: dict[str, tuple[Level | None, Level | None]] = {}
+        self.jobs: dict[str, dict[JobId, tuple[int, float]]] = {}  # by tenant: tokens, end
+        self.num_calls = 0
+
+    async def take(self, group: Sequence[Take]) -> list[Taken]:
+        self._called()
+        return [self._take(ask) for ask in group]
+
+    async def give_back(self, group: Sequence[GiveBack]) -> None:
+        self._called()
+        for back in group:
+            self.jobs.get(back.tenant, {}).pop(back.job_id, None)
+            requests, tokens = self.levels.get(back.tenant, (None, None))
+            if tokens is not None:
+                self.levels[back.tenant] = requests, Level(tokens.amount + back.tokens, tokens.at)
+
+    async def live(self, tenant: str, *, start: int, count: int) -> list[JobId]:
+        self._called()
+        return list(self.jobs.get(tenant, {}))[start : start + count]
+
+    async def close(self) -> None:
+        pass
+
+    def _called(self) -> None:
+        self.num_calls += 1
+        if self.error is not None:
+            raise self.error
+
+    def _take(self, ask: Take) -> Taken:
+        live = self.jobs.setdefault(ask.tenant, {})
+        for job_id in [job_id for job_id, (_, until) in live.items() if until <= self.now]:
+            del live[job_id]
+        known = Live(len(live), sum(tokens for tokens, _ in live.values()), ask.job_id in live)
+        step = take(ask, *self.levels.get(ask.tenant, (None, None)), known, self.now)
+        if step.taken.verdict is Verdict.GRANTED:
+            self.levels[ask.tenant] = step.requests, step.tokens
+        if step.taken.added:
+            live[ask.job_id] = ask.tokens, self.now + ask.live_s
+        return step.taken
+
+
+async def no_records(group: Sequence[JobId]) -> list[State | None]:
+    return [None] * len(group)
+
+
+def limits_over(settings: LimitSettings, store: MemoryLimits | None = None, states: States = no_records) -> Limits:
+    return Limits(settings, store or MemoryLimits(), states)
+
+
 async def _up() -> str:
     return "test 1.0"
 
@@ -100,6 +158,9 @@ async def _up() -> str:
 def app_over(
     jobs: MadeUpJobs,
     *,
+    auth: Authenticator | None = None,
+    limits: Limits | None = None,
+    open_metrics: bool = True,
     probes: Mapping[str, Probe] | None = None,
     stopping: asyncio.Event | None = None,
     heartbeat_s: float = 15.0,
@@ -108,6 +169,9 @@ def app_over(
     return create_app(
         jobs,
         GatewaySettings(**settings),
+        auth=auth or Development(),
+        limits=limits or limits_over(LimitSettings()),
+        open_metrics=open_metrics,
         probes=probes if probes is not None else {"broker": _up, "store": _up},
         metrics=Metrics(),
         stopping=stopping or asyncio.Event(),

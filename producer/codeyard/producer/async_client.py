@@ -111,6 +111,7 @@ class AsyncClient:
         metadata: Mapping[str, Any] | None = None,
         tenant: str | None = None,
         traceparent: str | None = None,
+        job_id: JobId | None = None,
     ) -> "AsyncJob":
         """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
         job there. Raises IdempotencyConflict, QueueFull, DeadlineTooSoon, UnknownModel, InvalidJob,
@@ -126,6 +127,7 @@ class AsyncClient:
             tenant=tenant or self._tenant,
             metadata=metadata or {},
             traceparent=traceparent,
+            job_id=job_id,
         )
         outcome = await _opened(self._submitter).submit(submission)
         if isinstance(outcome, FleetError):

@@ -62,6 +62,7 @@ class Submission:
     tenant: str = "default"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str | None = None
+    job_id: JobId | None = None  # of a submission without a key, where it must be known before; otherwise a new one
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +270,7 @@ class Submitter:
 
 def _job(asked: Submission, alias: Alias) -> Job:
     key, sampling = asked.idempotency_key, asked.sampling
-    job_id: JobId = new_job_id() if key is None else job_id_for_key(asked.tenant, key)
+    job_id: JobId = asked.job_id or new_job_id() if key is None else job_id_for_key(asked.tenant, key)
     job = Job.build(
         id=job_id,
         tenant=asked.tenant,

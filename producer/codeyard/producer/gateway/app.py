@@ -7,6 +7,8 @@
     DELETE /v1/jobs/{id}         cancel
     GET    / /docs /openapi.json /healthz /readyz /metrics
 
+The first five ask who is calling, and show each caller the jobs of its own tenant: a handler of theirs gets
+them as `TenantJobs` and never sees another's. The others are open to all, /metrics by a setting.
 Handlers take the bare request and answer with encoded JSON: `requests` checks what comes in, so that every
 refusal names its field in one way, and nothing is validated twice. docs/http-api.md is the reference.
 Called by: gateway.serve, tests.
@@ -26,13 +28,17 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from codeyard.producer.gateway import requests
+from codeyard.producer.gateway.auth import Authenticator
 from codeyard.producer.gateway.edge import Edge
 from codeyard.producer.gateway.jobs import Jobs
+from codeyard.producer.gateway.limits import Limits, openai_headers
 from codeyard.producer.gateway.openapi import describe
 from codeyard.producer.gateway.pages import landing_page, reference_page
 from codeyard.producer.gateway.problems import Refused, kind_of, problem, problem_of
 from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
+from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.waiting import hung_up, unless
+from codeyard.shared.access.keys import Scope
 from codeyard.shared.errors import BrokerUnavailable, FleetError, ResultTimeout, StoreUnavailable
 from codeyard.shared.job import JobId
 from codeyard.shared.record import JobStatus
@@ -46,34 +52,54 @@ READY_S = 2.0  # for a server to answer a readiness probe
 Probe = Callable[[], Awaitable[str]]
 """Name and version of a server. Raises BrokerUnavailable or StoreUnavailable."""
 
+Handler = Callable[[Request], Awaitable[Response]]
+TenantHandler = Callable[[Request, TenantJobs], Awaitable[Response]]
+
 
 def create_app(
     jobs: Jobs,
     settings: GatewaySettings,
     *,
+    auth: Authenticator,
+    limits: Limits,
     probes: Mapping[str, Probe],
     metrics: Metrics,
     stopping: asyncio.Event,
+    open_metrics: bool = True,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> FastAPI:
-    """The app. `probes` are asked by /readyz; `stopping` ends waits and streams, so that callers go elsewhere."""
+    """The app. `open_metrics`: /metrics needs no credentials. `probes` are asked by /readyz; `stopping` ends waits
+    and streams, so that callers go elsewhere."""
     app = FastAPI(title="codeyard", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Edge, metrics=metrics)
     _answer_errors(app)
-    native = _Native(jobs, settings, metrics, stopping, heartbeat_s)
+    native = _Native(settings, metrics, stopping, heartbeat_s)
     operations = _Operations(probes, metrics, stopping)
+
+    def for_callers(scope: Scope, handler: TenantHandler) -> Handler:
+        async def answer(request: Request) -> Response:
+            given = request.headers.getlist
+            caller = await auth.caller(given("authorization"), given("x-api-key"))
+            caller.require(scope)
+            return await handler(request, TenantJobs(jobs, caller.tenant, limits))
+
+        return answer
+
+    async def metrics_for_callers(request: Request, _: TenantJobs) -> Response:
+        return await operations.exposition(request)
+
     for path, method, handler in (
-        ("/v1/jobs", "POST", native.submit),
-        ("/v1/jobs", "GET", native.recent),
-        ("/v1/jobs/{job_id}", "GET", native.status),
-        ("/v1/jobs/{job_id}", "DELETE", native.cancel),
-        ("/v1/jobs/{job_id}/events", "GET", native.events),
+        ("/v1/jobs", "POST", for_callers(Scope.SUBMIT, native.submit)),
+        ("/v1/jobs", "GET", for_callers(Scope.READ, native.recent)),
+        ("/v1/jobs/{job_id}", "GET", for_callers(Scope.READ, native.status)),
+        ("/v1/jobs/{job_id}", "DELETE", for_callers(Scope.CANCEL, native.cancel)),
+        ("/v1/jobs/{job_id}/events", "GET", for_callers(Scope.READ, native.events)),
         ("/", "GET", operations.landing),
         ("/docs", "GET", operations.reference),
         ("/openapi.json", "GET", operations.openapi),
         ("/healthz", "GET", operations.healthz),
         ("/readyz", "GET", operations.readyz),
-        ("/metrics", "GET", operations.exposition),
+        ("/metrics", "GET", operations.exposition if open_metrics else for_callers(Scope.ADMIN, metrics_for_callers)),
     ):
         app.router.add_route(path, handler, methods=[method])
     return app
@@ -83,21 +109,20 @@ class _Native:
     """The life of a job over HTTP."""
 
     def __init__(
-        self, jobs: Jobs, settings: GatewaySettings, metrics: Metrics, stopping: asyncio.Event, heartbeat_s: float
+        self, settings: GatewaySettings, metrics: Metrics, stopping: asyncio.Event, heartbeat_s: float
     ) -> None:
-        self._jobs = jobs
         self._settings = settings
         self._metrics = metrics
         self._stopping = stopping
         self._heartbeat_s = heartbeat_s
 
-    async def submit(self, request: Request) -> Response:
+    async def submit(self, request: Request, jobs: TenantJobs) -> Response:
         lane = "unknown"  # until the body is read
         try:
             key = requests.idempotency_key(request.headers)
-            asked = await requests.read_submission(request, self._settings.max_body_bytes)
+            asked = await requests.read_submission(request, jobs.body_bytes(self._settings.max_body_bytes))
             lane = asked.lane.value
-            job = await self._jobs.submit(
+            submitted = await jobs.submit(
                 asked.prompt,
                 model=asked.model,
                 lane=asked.lane,
@@ -111,8 +136,10 @@ class _Native:
         except (Refused, FleetError) as error:
             self._metrics.submissions.labels(lane=lane, outcome=kind_of(error)).inc()
             raise
+        job = submitted.job
         self._metrics.submissions.labels(lane=lane, outcome="attached" if job.attached else "accepted").inc()
-        status, headers = await self._awaited(request, job.id, job.accepted_status)
+        status, headers = await self._awaited(request, jobs, job.accepted_status)
+        headers |= openai_headers(submitted.standing)
         headers["Location"] = f"/v1/jobs/{job.id}"
         code = 200 if status.state.final else 202
         view = {**_view(status), "attached": job.attached}
@@ -120,44 +147,44 @@ class _Native:
             view["estimated_start_s"] = round(job.estimated_start_s, 3)
         return _json(view, code, headers)
 
-    async def recent(self, request: Request) -> Response:
+    async def recent(self, request: Request, jobs: TenantJobs) -> Response:
         limit = requests.whole_number(request, "limit", default=20, least=1, most=requests.MAX_RECENT)
-        return _json({"jobs": [_view(status) for status in await self._jobs.recent(limit)]})
+        return _json({"jobs": [_view(status) for status in await jobs.recent(limit)]})
 
-    async def status(self, request: Request) -> Response:
+    async def status(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = requests.path_job_id(request)
-        status, headers = await self._awaited(request, job_id, await self._jobs.status(job_id))
+        status, headers = await self._awaited(request, jobs, await jobs.status(job_id))
         return _json(_view(status), 200, headers)
 
-    async def cancel(self, request: Request) -> Response:
+    async def cancel(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = requests.path_job_id(request)
-        return _json({"id": job_id, "outcome": (await self._jobs.cancel(job_id)).value})
+        return _json({"id": job_id, "outcome": (await jobs.cancel(job_id)).value})
 
-    async def events(self, request: Request) -> Response:
+    async def events(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = requests.path_job_id(request)
-        status = await self._jobs.status(job_id)
+        status = await jobs.status(job_id)
         after = requests.resume_after(request, status.last_seq)
         if status.state.final and after == status.last_seq:
             return Response(status_code=204)  # tells an EventSource to stop
         if request.method == "HEAD":
             return Response(media_type=EventStream.media_type)
         return EventStream(
-            self._jobs.stream(job_id, after),
+            jobs.stream(job_id, after),
             stopping=self._stopping,
             streams_open=self._metrics.streams_open,
             heartbeat_s=self._heartbeat_s,
         )
 
-    async def _awaited(self, request: Request, job_id: JobId, status: JobStatus) -> tuple[JobStatus, dict[str, str]]:
+    async def _awaited(self, request: Request, jobs: TenantJobs, status: JobStatus) -> tuple[JobStatus, dict[str, str]]:
         """The status after the wait the caller prefers, if any, and the headers that say so."""
         wait_s = requests.preferred_wait_s(request.headers, self._settings.max_wait_s)
         if wait_s is None:
             return status, {}
         if not status.state.final:
-            status = await self._final_within(request, job_id, wait_s) or await self._jobs.status(job_id)
+            status = await self._final_within(request, jobs, status.id, wait_s) or await jobs.status(status.id)
         return status, {"Preference-Applied": f"wait={requests.seconds(wait_s)}"}
 
-    async def _final_within(self, request: Request, job_id: JobId, wait_s: float) -> JobStatus | None:
+    async def _final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:
         """None if it goes on, or the gateway stops. Raises ClientDisconnect if there is nobody to tell."""
         gone = False
 
@@ -168,7 +195,7 @@ class _Native:
 
         try:
             with self._metrics.waits_open.track_inprogress():
-                status = await unless(self._jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
+                status = await unless(jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
         except ResultTimeout:
             return None
         if status is None and gone:

@@ -41,7 +41,10 @@ class Jobs(Protocol):
         timeout_s: float,
         metadata: Mapping[str, Any] | None,
         traceparent: str | None,
-    ) -> AcceptedJob: ...
+        tenant: str,
+        job_id: JobId,
+    ) -> AcceptedJob:
+        """`job_id`: the one that the key, or its lack, leads to; limits have counted it already."""
 
     async def status(self, job_id: JobId) -> JobStatus: ...
 

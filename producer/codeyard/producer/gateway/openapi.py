@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 from codeyard.producer.gateway.problems import KINDS
 from codeyard.producer.gateway.requests import MAX_RECENT, SubmitBody
+from codeyard.shared.access.keys import Scope
+from codeyard.shared.limits.rules import Verdict
 from codeyard.shared.record import Event, JobStatus
 from codeyard.shared.store.port import CancelVerdict
 
@@ -71,6 +73,12 @@ PROBLEM = {
     "errors": [{"field": "sampling.temperature", "detail": "Input should be less than or equal to 2"}],
 }
 READY = {"status": "ready", "broker": "rabbitmq 4.0.5", "store": "redis 8.0.2"}
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key (`cy_...`) or a JSON Web Token."},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same, in another header."},
+}
+SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]  # one of the two
+CALLER_PROBLEMS = ("unauthorized", "forbidden", "auth-unavailable", "store-unavailable")  # whoever must say who it is
 
 
 @cache
@@ -98,19 +106,35 @@ def describe() -> dict[str, Any]:
                 )
             },
             "/metrics": {
-                "get": _operation("metrics", "Prometheus metrics", {"200": _text("text/plain", "docs/metrics.md")})
+                "get": _operation(
+                    "metrics",
+                    "Prometheus metrics",
+                    {"200": _text("text/plain", "docs/metrics.md"), **_problems(*CALLER_PROBLEMS)},
+                    description="Open to all unless the gateway's settings say otherwise; then scope `admin`.",
+                    security=[{}, *SECURITY],
+                )
             },
             "/openapi.json": {"get": _operation("openapi", "This document", {"200": _json("OpenAPI 3.1.")})},
             "/docs": {"get": _operation("docs", "This document as a page", {"200": _text("text/html", "The page.")})},
             "/": {"get": _operation("landing", "Where to go", {"200": _text("text/html", "A page of links.")})},
         },
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": _schemas(), "securitySchemes": SECURITY_SCHEMES},
     }
 
 
 def _submit() -> dict[str, Any]:
-    location = {"Location": {"schema": {"type": "string"}, "description": "Where to poll."}}
-    return _operation(
+    limits = {
+        f"x-ratelimit-{what}-{of}": {"schema": {"type": "string"}, "description": meaning}
+        for what, meaning in (
+            ("limit", "What the tenant may use at once; only if it has this limit."),
+            ("remaining", "What is left of it now."),
+            ("reset", "Until all of it is there again, e.g. 6m0s."),
+        )
+        for of in ("requests", "tokens")
+    }
+    location = {"Location": {"schema": {"type": "string"}, "description": "Where to poll."}, **limits}
+    return _for_callers(
+        Scope.SUBMIT,
         "submitJob",
         "Submit a job",
         {
@@ -137,8 +161,10 @@ def _submit() -> dict[str, Any]:
                 "invalid-job",
                 "queue-full",
                 "deadline-too-soon",
+                "rate-limited",
+                "quota-exceeded",
                 "broker-unavailable",
-                "store-unavailable",
+                *CALLER_PROBLEMS,
             ),
         },
         description="Sending the same key and body again attaches to the job that is there and, once it is final, "
@@ -160,31 +186,34 @@ def _submit() -> dict[str, Any]:
 
 
 def _recent() -> dict[str, Any]:
-    return _operation(
+    return _for_callers(
+        Scope.READ,
         "recentJobs",
         "The newest jobs",
         {
             "200": _json("Newest first; approximate, for people.", {"jobs": [DONE]}, "RecentJobs"),
-            **_problems("invalid-parameter", "store-unavailable"),
+            **_problems("invalid-parameter", *CALLER_PROBLEMS),
         },
         parameters=[_query("limit", f"How many, 1 to {MAX_RECENT}.", 20)],
     )
 
 
 def _status() -> dict[str, Any]:
-    return _operation(
+    return _for_callers(
+        Scope.READ,
         "getJob",
         "Status and result",
         {
             "200": _json("What is known now; `result` is there once the state is final.", DONE, "JobStatus"),
-            **_problems("job-not-found", "store-unavailable"),
+            **_problems("job-not-found", *CALLER_PROBLEMS),
         },
         parameters=[_job_id(), _prefer()],
     )
 
 
 def _cancel() -> dict[str, Any]:
-    return _operation(
+    return _for_callers(
+        Scope.CANCEL,
         "cancelJob",
         "Cancel",
         {
@@ -194,14 +223,15 @@ def _cancel() -> dict[str, Any]:
                 {"id": JOB_ID, "outcome": "cancelled"},
                 "Cancelled",
             ),
-            **_problems("job-not-found", "store-unavailable"),
+            **_problems("job-not-found", *CALLER_PROBLEMS),
         },
         parameters=[_job_id()],
     )
 
 
 def _events() -> dict[str, Any]:
-    return _operation(
+    return _for_callers(
+        Scope.READ,
         "followJob",
         "Follow a job as server-sent events",
         {
@@ -211,7 +241,7 @@ def _events() -> dict[str, Any]:
                 "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
             },
             "204": {"description": "Nothing comes after that event; an EventSource stops asking."},
-            **_problems("invalid-header", "invalid-parameter", "job-not-found", "store-unavailable"),
+            **_problems("invalid-header", "invalid-parameter", "job-not-found", *CALLER_PROBLEMS),
         },
         description="The SSE id is the event's sequence number, from 1, without gap or repeat, also when the job "
         "moved to another worker in between. Come back with `Last-Event-ID` to get the rest. `data` is an `Event`.",
@@ -228,6 +258,12 @@ def _events() -> dict[str, Any]:
 
 def _operation(name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"operationId": name, "summary": summary, **more, "responses": responses}
+
+
+def _for_callers(scope: Scope, name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An operation that needs credentials with this scope."""
+    description = f"{more.pop('description', '')} Scope `{scope.value}`.".strip()
+    return _operation(name, summary, responses, description=description, security=SECURITY, **more)
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -381,6 +417,10 @@ def _problem_schema() -> dict[str, Any]:
                 "items": {**error, "properties": {"field": text, "detail": text}},
             },
             "job_id": {**text, "description": "The job it is about."},
+            "limit": {
+                "enum": [verdict.value for verdict in Verdict if verdict is not Verdict.GRANTED],
+                "description": "What was used up.",
+            },
             "maybe_accepted": {"type": "boolean", "description": "The job may be queued all the same: send it again."},
             "incident": {**text, "description": "The log has the cause under this number."},
         },

@@ -12,7 +12,9 @@ from typing import Any
 
 from fastapi import Response
 
+from codeyard.producer.gateway.limits import openai_headers
 from codeyard.shared.errors import (
+    AuthUnavailable,
     BrokerUnavailable,
     DeadlineTooSoon,
     FleetError,
@@ -21,7 +23,10 @@ from codeyard.shared.errors import (
     InvalidJob,
     JobNotFound,
     JobTooLarge,
+    LimitReached,
     QueueFull,
+    QuotaExceeded,
+    RateLimited,
     RolloutRefused,
     StoreUnavailable,
     Unauthorized,
@@ -29,6 +34,9 @@ from codeyard.shared.errors import (
 )
 
 UNAVAILABLE_RETRY_S = 2  # of 503: about how long a server takes to come back, or a proxy to look elsewhere
+
+CHALLENGE = 'Bearer realm="codeyard"'  # RFC 6750, 3
+CHALLENGE_SCOPE = f'{CHALLENGE}, error="insufficient_scope"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +50,10 @@ KINDS = {
     "malformed-json": Kind(400, "Malformed JSON", "Send one JSON object in UTF-8."),
     "invalid-header": Kind(400, "Invalid header", "`field` names the header; `detail` says what it may hold."),
     "invalid-parameter": Kind(400, "Invalid parameter", "`field` names the query parameter."),
-    "unauthorized": Kind(401, "Unauthorized", "Send valid credentials."),
-    "forbidden": Kind(403, "Forbidden", "These credentials do not allow it."),
+    "unauthorized": Kind(
+        401, "Unauthorized", "Send a valid API key or token; `detail` says what is wrong with this one."
+    ),
+    "forbidden": Kind(403, "Forbidden", "Use credentials with the scope that `detail` names."),
     "not-found": Kind(404, "No such route", "See /docs for the routes there are."),
     "job-not-found": Kind(404, "No such job", "It was never accepted here, or its record has expired."),
     "unknown-model": Kind(404, "Unknown model", "Check the name, or start a worker that serves it."),
@@ -60,6 +70,10 @@ KINDS = {
     "deadline-too-soon": Kind(
         429, "Deadline too soon", "Allow more time, use another lane, or try again after `Retry-After` seconds."
     ),
+    "rate-limited": Kind(429, "Rate limited", "Try again after `Retry-After` seconds; `limit`: requests or tokens."),
+    "quota-exceeded": Kind(
+        429, "Quota exceeded", "Wait until jobs under way have ended; `limit`: jobs or enqueued (their tokens)."
+    ),
     "internal-error": Kind(500, "Internal error", "Report `incident`: the gateway's log has it."),
     "broker-unavailable": Kind(
         503, "Broker unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
@@ -67,6 +81,7 @@ KINDS = {
     "store-unavailable": Kind(
         503, "Store unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
     ),
+    "auth-unavailable": Kind(503, "Auth unavailable", "Try again: credentials cannot be checked now."),
     "not-ready": Kind(503, "Not ready", "Wait: broker or store does not answer, or the gateway is stopping."),
 }
 
@@ -81,6 +96,10 @@ KIND_OF: dict[type[FleetError], str] = {  # most special first
     JobNotFound: "job-not-found",
     Unauthorized: "unauthorized",
     Forbidden: "forbidden",
+    RateLimited: "rate-limited",
+    QuotaExceeded: "quota-exceeded",
+    LimitReached: "rate-limited",
+    AuthUnavailable: "auth-unavailable",
     BrokerUnavailable: "broker-unavailable",
     StoreUnavailable: "store-unavailable",
 }
@@ -129,14 +148,19 @@ def problem_of(error: Refused | FleetError) -> Response:
     if isinstance(error, Refused):
         return problem(error.kind, str(error), headers=error.headers, **error.members)
     headers = {}
-    if isinstance(error, QueueFull | DeadlineTooSoon):
+    if isinstance(error, QueueFull | DeadlineTooSoon | LimitReached):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, LimitReached):
+        headers |= openai_headers(error.standing)
+    if isinstance(error, Unauthorized | Forbidden):
+        headers["WWW-Authenticate"] = CHALLENGE if isinstance(error, Unauthorized) else CHALLENGE_SCOPE
     return problem(
         kind_of(error),
         error.reason if isinstance(error, InvalidJob) else str(error),
         headers=headers,
         field=getattr(error, "field", None),
         job_id=getattr(error, "job_id", None),
+        limit=getattr(error, "limit", None),
         estimated_start_s=getattr(error, "estimated_start_s", None),
         maybe_accepted=getattr(error, "maybe_accepted", None) or None,
     )

@@ -1,4 +1,4 @@
-"""The gateway process: connect, serve HTTP, reconcile, drain.
+"""The gateway process: connect, settle who may call, serve HTTP, reconcile, drain.
 
 Told to stop, it takes no more connections, ends event streams and waits so that their callers go on
 elsewhere, and lets requests finish. Called by: the `codeyard gateway` and `codeyard up` commands.
@@ -11,13 +11,15 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import TypeVar, cast
 
 import uvicorn
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from codeyard.producer.async_client import AsyncClient
+from codeyard.producer.gateway.access import Access, check_mode, opened_access
 from codeyard.producer.gateway.app import create_app
 from codeyard.producer.gateway.waiting import unless
 from codeyard.shared.broker.port import Broker
@@ -27,6 +29,8 @@ from codeyard.shared.settings import GatewaySettings, Settings
 from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BACKLOG = 2_048  # connections not yet taken
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections (nginx: 60 s), so that they close first
@@ -38,34 +42,45 @@ async def run_gateway(
 ) -> None:
     """Serve until `stop` is set. `on_ready` gets the URL once requests are answered.
 
-    Waits for a broker or store that is not up yet. Raises SettingsError if the port cannot be had.
+    Waits for a broker or store that is not up yet. Raises SettingsError if the port cannot be had, or if it
+    would listen beyond loopback without authentication.
     """
+    loopback = is_loopback(settings.gateway.host, settings.gateway.port)
+    check_mode(settings.auth, host=settings.gateway.host, loopback=loopback)
     client = AsyncClient(settings=settings, timeout_s=settings.gateway.submit_timeout_s)
-    if await unless(_open(client), stop.wait()) is None:
-        await client.close()
-        return
-    try:
-        await _serve(client, settings.gateway, stop, on_ready)
-    finally:
-        await client.close()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(client.close)
+        if await unless(_patiently(client.open), stop.wait()) is None:
+            return
+
+        async def enter() -> Access:
+            opening = opened_access(settings, client.store, host=settings.gateway.host, loopback=loopback)
+            return await stack.enter_async_context(opening)
+
+        access = await unless(_patiently(enter), stop.wait())
+        if access is not None:
+            await _serve(client, settings, access, stop, on_ready)
 
 
 async def _serve(
-    client: AsyncClient, settings: GatewaySettings, stop: asyncio.Event, on_ready: Callable[[str], None]
+    client: AsyncClient, everything: Settings, access: Access, stop: asyncio.Event, on_ready: Callable[[str], None]
 ) -> None:
+    settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
     metrics = Metrics()
     metrics.watch_process()
     app = create_app(
         client,
         settings,
+        auth=access.auth,
+        limits=access.limits,
+        open_metrics=everything.auth.open_metrics,
         probes={"broker": broker.ping, "store": client.store.ping},
         metrics=metrics,
         stopping=stop,
     )
     with listen(settings.host, settings.port) as listener:
         url = _url(listener)
-        _warn_if_open(settings.host)
 
         def ready() -> None:
             log.info("gateway_ready", extra={"url": url})
@@ -77,6 +92,8 @@ async def _serve(
                 run_reconciler(broker, client.store, client.topology, stop, on_done=_counted(metrics)),
                 name="reconciler",
             )
+            if access.key_set is not None:
+                tasks.create_task(access.key_set.run(stop), name="key set")
             tasks.create_task(server.stop_when(stop), name="stop")
             await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})
@@ -113,7 +130,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _open(client: AsyncClient) -> AsyncClient:
+async def _patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     """Wait for servers that are not up yet, as in a fleet that starts all at once."""
     retrying = AsyncRetrying(
         retry=retry_if_exception_type((BrokerUnavailable, StoreUnavailable)),
@@ -121,7 +138,7 @@ async def _open(client: AsyncClient) -> AsyncClient:
         before_sleep=_say_away,
         reraise=True,
     )
-    return await retrying(client.open)
+    return await retrying(attempt)
 
 
 def _say_away(state: RetryCallState) -> None:
@@ -141,8 +158,8 @@ def _counted(metrics: Metrics) -> Callable[[Reconciled], None]:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections. Raises SettingsError if the address cannot be had."""
     try:
-        [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        family, address = _address(host, port)
+        listener = socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror  # a name's: negative
         raise SettingsError(
@@ -159,10 +176,16 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _warn_if_open(host: str) -> None:
+def is_loopback(host: str, port: int) -> bool:
+    """Whether `listen` would take connections from this machine only."""
     try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
-        log.warning("gateway_without_auth", extra={"host": host, "hint": "put it behind a proxy that checks callers"})
+        _, address = _address(host, port)
+    except OSError:
+        return False  # `listen` will say why
+    return ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+
+
+def _address(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    """The first that the name stands for. Raises OSError."""
+    [(family, _, _, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return family, (str(address[0]), int(address[1]))
