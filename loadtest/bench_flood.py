@@ -15,15 +15,14 @@ played in the order off on priority on off, each with a fresh worker. Only the p
 (five times the slots, so that off has a queue inside the engine) and the model are the same.
 
 Reported: interactive time to first token as the reader sees it and as the worker has it, time per token, gaps
-between chunks at the reader, bulk tokens per second; then the targets of docs/scheduling.md. The load average
-is in the output, because on a busy machine these are figures of the other programs.
+between chunks at the reader, bulk tokens per second; then the targets of docs/scheduling.md. What other programs
+took of the machine is in the output: engine, servers and this reader need two cores for themselves.
 """
 
 import asyncio
 import contextlib
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from loadtest.flood_machine import describe
 from loadtest.flood_report import OFF, ON, Summary, Target, as_json, markdown, summarize, targets, terminal_table
 from loadtest.flood_side import Place, SideRun, Standing, run_side
 from loadtest.flood_trace import Planned, flood, interactive_until_s
@@ -45,6 +45,7 @@ from codeyard.shared.errors import FleetError
 TESTS = Path(__file__).parents[1] / "tests"
 PRIORITY = "priority"
 ORDER = (OFF, ON, PRIORITY, ON, OFF)
+BUSY_CORES = 0.2  # used by other programs: worth a warning
 LOOK_AHEAD = 4  # times the slots: the most there is
 SIDES: dict[str, dict[str, str]] = {
     ON: {"CODEYARD_ADMISSION_POLICY": "adaptive"},
@@ -203,7 +204,7 @@ def _notes(options: Options, trace: Sequence[Planned], summaries: Mapping[str, S
     """What a reader must know of the figures."""
     until_s = interactive_until_s(trace)
     notes = [
-        f"{_machine()}. {summaries[ON].engine}, {options.slots} slots, "
+        f"{describe()}. {summaries[ON].engine}, {options.slots} slots, "
         f"prefetch {(1 + LOOK_AHEAD) * options.slots} a lane.",
         f"Each round: {len(trace)} jobs in {options.seconds:g} s (seed {options.seed}), the last interactive one at "
         f"{until_s:.1f} s. Promised to interactive: {options.first_token:g} s to the first token, "
@@ -216,17 +217,10 @@ def _notes(options: Options, trace: Sequence[Planned], summaries: Mapping[str, S
         )
     if max(summary.late_s for summary in summaries.values()) > 0.1:
         notes.append("This process was held up: a job was submitted more than 0.1 s after its time.")
-    if max(load for summary in summaries.values() for load in summary.load[:1]) > 1.0:
-        notes.append("The machine was busy before the first round: these figures are not the engine's alone.")
+    others = [cores for summary in summaries.values() for cores in summary.other_cores if cores is not None]
+    if max(others, default=0.0) > BUSY_CORES:
+        notes.append(f"Other programs used up to {max(others):.1f} cores: these figures are theirs, too.")
     return notes
-
-
-def _machine() -> str:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{os.cpu_count()} cores, {model}"
 
 
 def _write(
@@ -238,7 +232,7 @@ def _write(
     notes: Sequence[str],
 ) -> None:
     if json_path is not None:
-        about = {"what": "loadtest.bench_flood", "at": time.strftime("%FT%TZ", time.gmtime()), "machine": _machine()}
+        about = {"what": "loadtest.bench_flood", "at": time.strftime("%FT%TZ", time.gmtime()), "machine": describe()}
         body = as_json(summaries, aims, {**about, "options": asdict(options), "notes": list(notes)})
         json_path.write_text(json.dumps(body, indent=1) + "\n")
     if markdown_path is not None:

@@ -47,6 +47,7 @@ class Summary:
     outlasted: bool  # bulk was still there when the last interactive job came, in every round
     late_s: float  # the latest submission behind its time: this process was held up
     load: list[float]  # the machine's 1-minute average before each round
+    other_cores: list[float | None]  # that other programs used during each round
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def summarize(side: str, runs: Sequence[SideRun], interactive_s: float) -> Summa
         outlasted=all(run.last_end_s > interactive_s for run in runs),
         late_s=max(stream.late_s for stream in streams) if streams else 0.0,
         load=[round(run.load_before, 2) for run in runs],
+        other_cores=[run.other_cores for run in runs],
     )
 
 
@@ -146,6 +148,7 @@ def rows(summaries: Mapping[str, Summary]) -> list[list[str]]:
         ("bulk overall, tokens/s", [f"{one.bulk_tokens_s:,.0f}" for one in sides]),
         ("jobs, of them not succeeded", [f"{one.jobs}, {one.not_succeeded}" for one in sides]),
         ("load average before each round", [" / ".join(f"{load:g}" for load in one.load) for one in sides]),
+        ("cores used by other programs meanwhile", [" / ".join(map(_number, one.other_cores)) for one in sides]),
     ]
     return [["", *summaries], *([name, *values] for name, values in measures)]
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from loadtest.flood_machine import CpuMeter
 from loadtest.flood_trace import Planned
 
 from codeyard.producer import AsyncClient, Submission
@@ -92,6 +93,7 @@ class SideRun:
     engine: str  # as the worker names it
     load_before: float  # 1-minute load average when the run began
     start_s: float  # the worker's start, model included
+    other_cores: float | None = None  # that other programs used while the trace was played
     streams: list[Stream] = field(default_factory=list)
     worker_first_token_s: list[float] = field(default_factory=list)  # of the interactive jobs, from their record
     bulk_ends: list[tuple[float, int]] = field(default_factory=list)  # (seconds into the run, tokens)
@@ -120,12 +122,13 @@ async def run_side(
         start_s = time.monotonic() - began_s
         async with AsyncClient(place.broker_url, place.store_url, namespace=place.namespace) as client:
             await _warm_up(client, warm_up_jobs)
-            run = SideRun(side, worker.engine, load_before, start_s)
+            run, meter = SideRun(side, worker.engine, load_before, start_s), CpuMeter()
             try:
                 async with asyncio.timeout(limit_s):
                     await _play(client, trace, run, say)
             except TimeoutError:
                 raise FleetError(f"{side}: the flood was not worked off within {limit_s:g} s") from None
+            run.other_cores = meter.others()
     firsts = worker.first_tokens()
     run.worker_first_token_s = [firsts[stream.id] for stream in run.streams if stream.id in firsts]
     return run
