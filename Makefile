@@ -21,13 +21,17 @@ PYTEST_OPTIONS ?=
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-long lint format load-locust load-jmeter env env-dev env-test services clean
+.PHONY: help demo up test test-fast test-long lint format load-locust load-jmeter env env-dev env-test services clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env ## install what it needs, run the main job end to end with a real model (2 minutes, then 30 s)
 	$(BIN)/codeyard demo
+
+up: ## docker compose up, with fresh secrets in .env if there is none
+	@infra/local/make-env.sh
+	docker compose up
 
 test: env-test services ## every test but the long ones; RabbitMQ and Redis are installed and started for them
 	$(BIN)/python -m pytest -m "not long" $(PYTEST_OPTIONS)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import tomllib
 from functools import cache
 from importlib import resources
@@ -13,6 +14,7 @@ import click
 import jsonschema
 import pytest
 import yaml
+from pydantic import SecretStr
 
 from codeyard.cli.main import COMMANDS
 from codeyard.shared import settings
@@ -20,7 +22,11 @@ from codeyard.shared.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 OURS = ["gateway", "worker", "worker-gpu"]
-SECRETS = {"RABBITMQ_PASSWORD": "s3cret-one", "REDIS_PASSWORD": "s3cret-two"}
+SECRETS = {
+    "RABBITMQ_PASSWORD": "s3cret-one",
+    "REDIS_PASSWORD": "s3cret-two",
+    "GATEWAY_API_KEY": "s3cret-three-of-at-least-32-characters",
+}
 
 
 def test_the_file_is_valid_by_the_compose_specification() -> None:
@@ -55,7 +61,8 @@ def test_a_service_gets_settings_that_exist_and_are_valid(service: str, monkeypa
         group = getattr(loaded, owner) if owner in Settings.model_fields and field else loaded
         field = field if group is not loaded else f"{owner}_{field}"
         assert field in type(group).model_fields, f"{name} is no setting"
-        assert str(getattr(group, field)) == value
+        got = getattr(group, field)
+        assert (got.get_secret_value() if isinstance(got, SecretStr) else str(got)) == value
 
 
 @pytest.mark.parametrize("service", OURS)
@@ -113,14 +120,41 @@ def test_no_secret_is_written_down() -> None:
     """Passwords come from .env, which is not committed, and have no default."""
     for name in SECRETS:
         assert not env_example()[name], f"{name} has a value in .env.example"
-    uses = re.findall(r"\$\{(\w*PASSWORD)(.*?)\}", (ROOT / "docker-compose.yml").read_text())
+    uses = re.findall(r"\$\{(\w*(?:PASSWORD|API_KEY))(.*?)\}", (ROOT / "docker-compose.yml").read_text())
     assert {name for name, _ in uses} == set(SECRETS)
     assert all(rest.startswith(":?") for _, rest in uses), "a password with a default"
     for spec in raw()["services"].values():
         for name, value in spec["environment"].items():
-            if re.search("PASS|AUTH|TOKEN|SECRET", name) or "://" in str(value):
+            if re.search("PASS|AUTH(?!_MODE)|TOKEN|SECRET|KEY", name) or "://" in str(value):
                 assert "${" in value, f"{name} is literal"
     assert "/.env" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_gateway_asks_for_credentials() -> None:
+    """It listens on all addresses of its container, where it refuses to start without."""
+    environment = with_defaults()["services"]["gateway"]["environment"]
+
+    assert environment["CODEYARD_AUTH_MODE"] == "on"
+    assert environment["CODEYARD_AUTH_STATIC_KEY"] == SECRETS["GATEWAY_API_KEY"]
+    assert not any("AUTH" in name for name in with_defaults()["services"]["worker"]["environment"])
+
+
+def test_one_command_writes_the_secrets_and_never_over_those_there(tmp_path: Path) -> None:
+    """`make up` on a new checkout just starts; on an old one it must not lock anyone out."""
+    (tmp_path / ".env.example").write_text((ROOT / ".env.example").read_text())
+    script = ROOT / "infra/local/make-env.sh"
+
+    done = subprocess.run([script, tmp_path], capture_output=True, text=True, timeout=30, check=True)
+    written = (tmp_path / ".env").read_text()
+    subprocess.run([script, tmp_path], capture_output=True, timeout=30, check=True)
+
+    values = dict(line.split("=", 1) for line in written.splitlines() if line and not line.startswith("#"))
+    assert (tmp_path / ".env").read_text() == written
+    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
+    assert all(re.fullmatch("[0-9a-f]{48}", values[name]) for name in SECRETS)
+    assert len({values[name] for name in SECRETS}) == len(SECRETS)
+    assert set(values) == set(env_example())
+    assert not any(values[name] in done.stdout for name in SECRETS)
 
 
 def test_only_this_machine_is_served() -> None:

@@ -101,6 +101,7 @@ async def _demo(settings: Settings, engine: str, model: str) -> Run:
         "CODEYARD_BROKER_URL": settings.broker.url,
         "CODEYARD_STORE_URL": settings.store.url,
         "CODEYARD_NAMESPACE": settings.namespace,
+        "CODEYARD_AUTH_MODE": "off",  # on loopback, for this run; whatever the settings around it say
         "CODEYARD_STORE_RENEW_S": "0.25",  # a cancel reaches the worker with a renewal
         "CODEYARD_LOG_LEVEL": "WARNING",
         "CODEYARD_ENGINE_MAX_RUNNING": str(SLOTS),
