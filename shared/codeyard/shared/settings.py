@@ -29,6 +29,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from codeyard.shared.engine_args import refusals
 from codeyard.shared.errors import SettingsError
 from codeyard.shared.job import MAX_JOB_BYTES, Lane
 from codeyard.shared.store.port import Timing
@@ -213,25 +214,44 @@ class WorkerSettings(_Group):
 
 
 class EngineSettings(_Group):
-    """Passed to the engine that is used; the others ignore what is not theirs."""
+    """Passed to the engine that is used; the others ignore what is not theirs. See docs/engines.md."""
 
     max_running: PositiveInt = 64  # slots (vLLM: max_num_seqs)
     scheduling_policy: Literal["priority", "fcfs"] = "priority"  # vLLM: lanes count inside too; fcfs: to compare
     dtype: str = "auto"
     device: str = "auto"  # torch engine: cpu, cuda, cuda:0, mps; auto takes an accelerator if there is one
     max_model_len: PositiveInt | None = None  # tokens; None: what the model's config says
+    load_format: str = "auto"  # how weights are read: a name of vLLM's; torch engine: auto, safetensors, dummy
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.90
     kv_cache_memory_bytes: PositiveInt | None = None  # vLLM; None: by gpu_memory_utilization, on a CPU 1 GiB
     tensor_parallel_size: PositiveInt = 1
-    quantization: str | None = None
+    quantization: str | None = None  # a name of vLLM's; torch engine: 8bit, 4bit
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
+    enable_lora: bool = False  # vLLM; a model with adapters has it by itself
+    max_loras: PositiveInt = 4  # adapters in one step of the engine; each takes device memory
+    max_cpu_loras: PositiveInt = 32  # adapters kept loaded; the least recently used one goes
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16  # those that vLLM takes
+    engine_args: dict[str, Any] = Field(default_factory=dict)  # what else vLLM's AsyncEngineArgs takes, by its names
     latency_table: Path | None = None  # simulated engine: JSON as in worker/codeyard/worker/data; None: the shipped one
     sleep_mode: bool = True  # vLLM on a GPU: an idle model's weights may wait in host memory instead of on disk
     simulated_load_s: Annotated[float, Field(ge=0)] = 0.0  # simulated engine: from disk; times time_scale
     simulated_wake_s: Annotated[float, Field(ge=0)] = 0.0  # from sleep
     simulated_bytes: Annotated[int, Field(ge=0)] = 0  # of device memory it says it holds
     time_scale: PositiveFloat = 1.0  # simulated engine: 0.1 is ten times faster than the table
+
+    @field_validator("engine_args")
+    @classmethod
+    def _known_to_vllm(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if wrong := refusals(given, own=cls.model_fields):
+            raise ValueError("; ".join(wrong))
+        return given
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) is less than max_loras ({self.max_loras})")
+        return self
 
 
 class ModelSettings(_Group):
@@ -309,10 +329,11 @@ class Settings(BaseSettings):
 
     def engine_of(self, alias: str) -> EngineSettings:
         """The engine group with what `models` says for this alias on top. Raises SettingsError."""
-        if (own := self.models.get(alias)) is None or not own.engine:
+        if (own := self.models.get(alias)) is None or not (own.engine or own.adapters):
             return self.engine
+        lora = {"enable_lora": self.engine.enable_lora or bool(own.adapters)}
         try:
-            return EngineSettings.model_validate({**self.engine.model_dump(), **own.engine})
+            return EngineSettings.model_validate({**self.engine.model_dump(), **lora, **own.engine})
         except ValidationError as error:
             raise SettingsError(_explain(error, f"CODEYARD_MODELS: {alias}.engine.")) from None
 

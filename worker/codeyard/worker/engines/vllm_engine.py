@@ -20,8 +20,8 @@ from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.children import Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
-from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.memory import measured
+from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 
 log = logging.getLogger(__name__)
