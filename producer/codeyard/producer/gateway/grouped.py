@@ -24,7 +24,7 @@ class Grouped(Generic[Q, A]):
         self._most = most
         self._flying = 0
         self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()  # owned: `close` ends them
+        self._tasks: set[asyncio.Task[Sequence[A]]] = set()  # owned: `close` ends them
 
     async def __call__(self, one: Q) -> A:
         """Raises what `call` raises."""
@@ -40,31 +40,37 @@ class Grouped(Generic[Q, A]):
         return await answered
 
     async def close(self) -> None:
+        """Who still waits is cancelled."""
+        while self._waiting:
+            self._waiting.popleft()[1].cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _landed(self) -> None:
         self._flying -= 1
-        if self._waiting:
-            group = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
-            self._flying += 1
-            task = asyncio.create_task(self._send([pair for pair in group if not pair[1].done()]))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if not self._waiting:
+            return
+        taken = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+        group = [(one, answered) for one, answered in taken if not answered.done()]
+        self._flying += 1
+        self._tasks.add(task := asyncio.create_task(self._send([one for one, _ in group])))
+        task.add_done_callback(lambda sent: self._sent(sent, [answered for _, answered in group]))
 
-    async def _send(self, group: list[tuple[Q, "asyncio.Future[A]"]]) -> None:
-        try:
-            answers = await self._call([one for one, _ in group]) if group else []
-        except BaseException as error:
-            for _, answered in group:
-                if not answered.done():
-                    answered.set_exception(error) if isinstance(error, Exception) else answered.cancel()
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for (_, answered), answer in zip(group, answers, strict=True):
-                if not answered.done():
-                    answered.set_result(answer)
-        finally:
-            self._landed()
+    async def _send(self, group: list[Q]) -> Sequence[A]:
+        return await self._call(group) if group else []
+
+    def _sent(self, task: "asyncio.Task[Sequence[A]]", waiting: list["asyncio.Future[A]"]) -> None:
+        """Called however it ended, also if it was cancelled before it began."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        for n, answered in enumerate(waiting):
+            if answered.done():
+                continue
+            if task.cancelled():
+                answered.cancel()
+            elif error is not None:
+                answered.set_exception(error)
+            else:
+                answered.set_result(task.result()[n])
+        self._landed()
