@@ -1,10 +1,11 @@
-"""Tokens and key sets as an issuer would make them, and as an attacker would."""
+"""Credentials as an issuer would make them, and as an attacker would; where they lie, as the test wants it."""
 
 import base64
 import hashlib
 import hmac
 import json
 import time
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from codeyard.producer.gateway.jwks import SourceFailed
+from codeyard.shared.access.keys import ApiKey, MadeKey, Scope, make_key
+from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.settings import AuthSettings
 
 ISSUER, AUDIENCE = "https://issuer.example", "codeyard"
 SECRET = "a-shared-secret-of-forty-characters-or-so"
+
+STATIC = "a-static-key-of-at-least-thirty-two-characters"
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -98,6 +103,34 @@ class MadeUpSource:
 
     async def close(self) -> None:
         pass
+
+
+class MadeUpKeys:
+    """A KeyStore in memory, which the test takes away."""
+
+    def __init__(self, *keys: ApiKey) -> None:
+        self.keys = {key.id: key for key in keys}
+        self.away = False
+        self.num_reads = 0
+
+    async def put(self, group: Sequence[ApiKey]) -> None:
+        self.keys |= {key.id: key for key in group}
+
+    async def read(self, group: Sequence[str]) -> list[ApiKey | None]:
+        self.num_reads += 1
+        if self.away:
+            raise StoreUnavailable("away")
+        return [self.keys.get(key_id) for key_id in group]
+
+    async def every(self) -> list[ApiKey]:
+        return list(self.keys.values())
+
+    async def close(self) -> None:
+        pass
+
+
+def some_key(*scopes: Scope, tenant: str = "acme", expires_in_s: float | None = None) -> MadeKey:
+    return make_key("laptop", tenant=tenant, scopes=scopes or [Scope.READ], now=time.time(), expires_in_s=expires_in_s)
 
 
 def _base64(text: bytes) -> str:

@@ -8,40 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tokens import SECRET, auth_settings, token
+from support.tokens import SECRET, STATIC, MadeUpKeys, auth_settings, some_key, token
 
 from codeyard.producer.gateway.auth import Credentials, Development, credential_of
 from codeyard.producer.gateway.grouped import Grouped
 from codeyard.producer.gateway.keys import ApiKeys
 from codeyard.producer.gateway.tokens import Tokens
-from codeyard.shared.access.keys import ApiKey, MadeKey, Scope, make_key, presented
+from codeyard.shared.access.keys import ApiKey, Scope, presented
 from codeyard.shared.errors import Forbidden, SettingsError, StoreUnavailable, Unauthorized
-
-STATIC = "a-static-key-of-at-least-thirty-two-characters"
-
-
-class MadeUpKeys:
-    """A KeyStore in memory, which the test takes away."""
-
-    def __init__(self, *keys: ApiKey) -> None:
-        self.keys = {key.id: key for key in keys}
-        self.away = False
-        self.num_reads = 0
-
-    async def put(self, group: Sequence[ApiKey]) -> None:
-        self.keys |= {key.id: key for key in group}
-
-    async def read(self, group: Sequence[str]) -> list[ApiKey | None]:
-        self.num_reads += 1
-        if self.away:
-            raise StoreUnavailable("away")
-        return [self.keys.get(key_id) for key_id in group]
-
-    async def every(self) -> list[ApiKey]:
-        return list(self.keys.values())
-
-    async def close(self) -> None:
-        pass
 
 
 class Clock:
@@ -49,10 +23,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def some_key(*scopes: Scope, tenant: str = "acme", expires_in_s: float | None = None) -> MadeKey:
-    return make_key("laptop", tenant=tenant, scopes=scopes or [Scope.READ], now=time.time(), expires_in_s=expires_in_s)
 
 
 def credentials_over(store: MadeUpKeys, *, clock: Clock | None = None, **given: Any) -> Credentials:
