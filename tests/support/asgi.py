@@ -60,6 +60,7 @@ class MadeUpJobs:
     events: list[Event] = field(default_factory=list)
     endless: bool = False
     submitted: list[Mapping[str, Any]] = field(default_factory=list)
+    knows_only: JobId = JOB_ID
 
     async def submit(self, prompt: Any, **fields: Any) -> MadeUpJob:
         self._fail()
@@ -68,7 +69,7 @@ class MadeUpJobs:
 
     async def status(self, job_id: JobId) -> JobStatus:
         self._fail()
-        if job_id != JOB_ID:
+        if job_id != self.knows_only:
             raise JobNotFound(job_id)
         return self.known
 
