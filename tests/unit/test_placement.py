@@ -20,7 +20,7 @@ def model(
 
 
 def served(state: ModelState, served_s: float = 100.0, running: int = 0) -> ModelState:
-    return replace(state, ready_s=0.0, serving=True, served_s=served_s, num_running=running)
+    return replace(state, ready_s=0.0, serving=True, served_s=served_s, running={Lane.BULK: running} if running else {})
 
 
 def decide(budget: int | None = 1, forecast: dict[str, float] | None = None, **models: ModelState) -> Placement:
@@ -107,7 +107,7 @@ STATES = st.builds(
     load_s=st.sampled_from([2.0, 30.0]),
     serving=st.booleans(),
     served_s=st.floats(0, 200),
-    num_running=st.integers(0, 3),
+    running=st.dictionaries(st.sampled_from(Lane), st.integers(0, 3)),
     idle_s=st.floats(0, 100),
 )
 WORLDS = st.dictionaries(st.sampled_from("abcdef"), STATES)
@@ -132,12 +132,12 @@ def test_a_decision_never_asks_for_more_memory_than_there_is(
         assert not decision.close
     for name in decision.close:
         state = models[name]
-        assert state.served_s >= state.load_s or not (state.waiting or state.num_running)
+        assert state.served_s >= state.load_s or not (state.waiting or any(state.running.values()))
     if decision.preload is not None:
         ready = {name for name, state in models.items() if state.serving or not state.ready_s}
         kept = ready - set(decision.over) | {decision.preload}
         assert sum(models[name].num_bytes for name in kept) <= budget
-        assert not any(models[name].waiting or models[name].num_running for name in decision.over)
+        assert not any(models[name].waiting or any(models[name].running.values()) for name in decision.over)
 
 
 @given(WORLDS)

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,10 @@ class Line:
     def num_jobs(self) -> int:
         """In hand: waiting, running or being settled."""
         return len(self._hand)
+
+    def jobs(self) -> Mapping[Lane, int]:
+        """The same, by lane."""
+        return Counter(held.job.lane for held in self._hand)
 
     def notice(self, tier: str, backlog: Mapping[Lane, tuple[int, ...]]) -> ModelNotice:
         """What producers estimate a wait from."""

@@ -233,9 +233,9 @@ class Station:
     def _state(self, one: _Watched, served: Served, now_s: float) -> ModelState:
         post, spec = self._posts.get(served.revision), _spec(served)
         oldest_s = {lane: now_s - since_s for lane, since_s in one.waiting_since_s.items()}
-        num_running = 0
+        running: Mapping[Lane, int] = {}
         if post is not None and post.line is not None:
-            num_running = post.line.num_jobs
+            running = post.line.jobs()
             oldest_s = dict.fromkeys(oldest_s, post.line.waited_s(now_s))  # the rest moves up as these go
         depth = dict(one.backlog)
         if served.revision in self._preparing:  # as pressing as a job that starves
@@ -252,7 +252,7 @@ class Station:
             load_s=min(one.ready_s.values(), default=from_disk_s),
             serving=post is not None,
             served_s=now_s - post.since_s if post is not None else 0.0,
-            num_running=num_running,
+            running=running,
             idle_s=now_s - one.busy_s,
         )
 

@@ -363,6 +363,8 @@ class ModelCache:
         if handle.engine.info.can_sleep and await self._sleeps(handle, but):
             self._metrics.model_evictions.labels(to=Tier.ASLEEP).inc()
             return
+        if handle.leases or handle.closing is not None:
+            return  # somebody was faster
         self._drop(handle)
         self._metrics.model_evictions.labels(to=Tier.DISK).inc()
         await self._close(handle)
@@ -378,14 +380,15 @@ class ModelCache:
             self._drop(older)
             self._metrics.model_evictions.labels(to=Tier.DISK).inc()
             await self._close(older)
-        if self._asleep_bytes() + need > self._host_budget_bytes:
+        if handle.leases or handle.closing is not None or self._asleep_bytes() + need > self._host_budget_bytes:
             return False
+        handle.tier = Tier.ASLEEP  # before it is: from here on nobody finds it awake
         try:
             await handle.engine.sleep()
         except EngineUnavailable as error:
             log.warning("engine_does_not_sleep", extra={"revision": handle.spec.revision, "error": str(error)})
+            handle.tier = Tier.AWAKE
             return False
-        handle.tier = Tier.ASLEEP
         handle.memory = await handle.engine.memory()
         self._tell()
         return True

@@ -10,14 +10,20 @@ event loop.
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from codeyard.shared.errors import EngineUnavailable
 from codeyard.worker.engines.port import Adapter
 
 log = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"  # as peft writes them
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
 _numbers = itertools.count(1)  # vLLM: unique for the life of the process, which it does not check
 
@@ -78,9 +84,8 @@ class AdapterSlots:
     async def close(self, error: Exception) -> None:
         """Whoever waits for an adapter gets this error, now and later. Unloads nothing."""
         self._closed = error
-        for waiter in self._waiting:
-            if not waiter.turn.done():
-                waiter.turn.set_result(None)
+        while self._waiting:
+            self._call(self._waiting[0])
         loading = [place.loading for place in self._places.values() if place.loading is not None]
         for place in self._places.values():
             _fail(place.ready, error)
@@ -105,12 +110,10 @@ class AdapterSlots:
             try:
                 await waiter.turn
             except asyncio.CancelledError:
-                if waiter.turn.done() and not waiter.turn.cancelled():
-                    self._look()
-                raise
-            finally:
                 if waiter in self._waiting:
                     self._waiting.remove(waiter)
+                self._look()  # it may have been this one's turn
+                raise
 
     def _has_room(self) -> bool:
         return len(self._places) < self._capacity or self._idle() is not None
@@ -161,3 +164,19 @@ def _fail(ready: asyncio.Future[None], error: Exception) -> None:
     if not ready.done():
         ready.set_exception(error)
         ready.exception()  # seen: there may be nobody left who waits
+
+
+def check_adapter(adapter: Adapter, *, max_rank: int) -> None:
+    """Before an engine is asked. Raises EngineUnavailable with the way out."""
+    folder = Path(adapter.path)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineUnavailable(f"{folder / CONFIG} is not the config of a LoRA adapter: {error}") from None
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise EngineUnavailable(f"{folder} has no adapter weights ({', '.join(WEIGHTS)})")
+    if rank > max_rank:
+        raise EngineUnavailable(
+            f"adapter {adapter.name} has rank {rank}, the engine takes {max_rank}: set CODEYARD_ENGINE_MAX_LORA_RANK"
+        )

@@ -1,8 +1,8 @@
 """An engine without a model: it sleeps and streams as a GPU of a given latency table would.
 
 For load tests, drills and capacity planning. It says what it is in its name and in every result, and is
-never chosen by itself. The answer is a function of the prompt (`simulated_completion`), so a drill can
-tell a wrong result from a right one.
+never chosen by itself. The answer is a function of the prompt and the adapter (`simulated_completion`), so a
+drill can tell a wrong result from a right one, and one that another adapter made.
 
 A latency table may name faults, by prompt prefix, so that a drill reaches them in a real worker process:
 `"faults": {"!hang": "hang", "!die": "die", "!fail": "fail", "!exit": "exit"}`.
@@ -48,12 +48,12 @@ WORDS = (
 
 
 def simulated_completion(
-    prompt: str | tuple[int, ...], max_tokens: int, *, stop: tuple[str, ...] = ()
+    prompt: str | tuple[int, ...], max_tokens: int, *, stop: tuple[str, ...] = (), adapter: str | None = None
 ) -> tuple[str, tuple[int, ...], str]:
     """(text, token ids, finish reason) that the simulated engine gives for a prompt: always the same."""
     job = EngineJob("", prompt, Sampling(max_tokens=max_tokens, stop=stop), Lane.STANDARD, stream=False)
     completion = _completion(job)
-    completion.push(_answer(prompt))
+    completion.push(_answer(prompt, adapter))
     delta = completion.delta()
     assert delta is not None
     assert delta.finish_reason is not None
@@ -120,7 +120,7 @@ class SimulatedEngine:
         self._step = 0
         self._wake = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
-        self._dead: EngineDead | None = None
+        self._dead: str | None = None  # why; an error is made for each who asks, since one holds its frames
 
     @classmethod
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "SimulatedEngine":
@@ -132,8 +132,7 @@ class SimulatedEngine:
         return cls(source, settings)
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
-        if self._dead is not None:
-            raise self._dead
+        self._check_awake()
         completion = _completion(job, self.info.context_tokens)
         if (delta := completion.delta()) is not None:
             yield delta  # it was complete with what an earlier run had generated
@@ -142,18 +141,20 @@ class SimulatedEngine:
         if fault == "exit":
             os._exit(EXIT_STATUS)
         if fault == "die":
-            self._die(EngineDead("a simulated fault: die"))
+            self._die("a simulated fault: die")
         if fault == "fail":
             raise JobFailed("a simulated fault: fail")
-        if self._dead is not None:
-            raise self._dead
+        self._check_awake()
         order, run = next(self._orders), _Run(job, completion, *_rest_of(job, completion.limit), hangs=fault == "hang")
         self._enter(order, run)
         try:
             while True:
                 news = await run.news.get()
                 if isinstance(news, Exception):
-                    raise news
+                    try:
+                        raise news
+                    finally:
+                        del news  # else frame and error hold each other, and with them this engine
                 yield news
                 if news.finish_reason is not None:
                     return
@@ -188,7 +189,7 @@ class SimulatedEngine:
         self._asleep = False
 
     async def close(self, *, force: bool = False) -> None:
-        self._die(EngineDead("the simulated engine was closed"))
+        self._die("the simulated engine was closed")
         if self._driver is not None:
             self._driver.cancel()
             await asyncio.gather(self._driver, return_exceptions=True)
@@ -226,10 +227,16 @@ class SimulatedEngine:
             self._streaming.pop(order, None)
             self._wake.set()
 
-    def _die(self, error: EngineDead) -> None:
-        self._dead = self._dead or error
+    def _check_awake(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        if self._asleep:
+            raise JobFailed("the engine sleeps")
+
+    def _die(self, reason: str) -> None:
+        self._dead = self._dead or reason
         for run in self._runs.values():
-            run.news.put_nowait(self._dead)
+            run.news.put_nowait(EngineDead(self._dead))
         self._runs.clear()
         self._streaming.clear()
         self._num_running = self._num_hanging = 0
@@ -271,8 +278,9 @@ class SimulatedEngine:
             self._leave(order)
 
 
-def _answer(prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-    seed = hashlib.sha256(json.dumps(prompt).encode()).digest()
+def _answer(prompt: str | tuple[int, ...], adapter: str | None) -> tuple[int, ...]:
+    asked = prompt if adapter is None else [prompt, adapter]
+    seed = hashlib.sha256(json.dumps(asked).encode()).digest()
     length = MIN_TOKENS + int.from_bytes(seed[:2], "big") % SPREAD_TOKENS
     words = (1 + (seed[n % 32] + n * seed[(n + 1) % 32]) % (len(WORDS) - 1) for n in range(length - 1))
     return (*words, END)
@@ -280,7 +288,10 @@ def _answer(prompt: str | tuple[int, ...]) -> tuple[int, ...]:
 
 def _rest_of(job: EngineJob, limit: int) -> tuple[tuple[int, ...], int]:
     """(token ids still to come, tokens to prefill)."""
-    _, token_ids, _ = simulated_completion(job.prompt, job.sampling.max_tokens, stop=job.sampling.stop)
+    adapter = job.adapter.name if job.adapter is not None else None
+    _, token_ids, _ = simulated_completion(
+        job.prompt, job.sampling.max_tokens, stop=job.sampling.stop, adapter=adapter
+    )
     return token_ids[len(job.prefix_token_ids) : limit], _num_tokens(job.prompt) + len(job.prefix_token_ids)
 
 

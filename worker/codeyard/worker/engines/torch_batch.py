@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.port import EngineJob
 from codeyard.worker.engines.sampling import RowSampling, choose
+from codeyard.worker.engines.torch_load import load_model
 
 # Below this a step is shorter than two threads need to meet: with the cores shared among processes, one
 # thread took 4 ms a step where two took 120 (docs/engines.md).
@@ -37,21 +38,31 @@ class Row:
 
 
 class TorchModel:
-    """A loaded model. `dtype` "auto" is float32 on a CPU: as fast there, and it repeats exactly."""
+    """A loaded model. Arguments as in EngineSettings. Raises ValueError for what this engine cannot do."""
 
-    def __init__(self, directory: str, *, device: str, dtype: str, max_model_len: int | None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        *,
+        device: str,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        load_format: str = "auto",
+        quantization: str | None = None,
+    ) -> None:
         self.device = torch.device(_best_device() if device == "auto" else device)
-        if dtype == "auto" and self.device.type == "cpu":
-            dtype = "float32"
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-        self._model = model.to(self.device).eval()
+        model = load_model(
+            directory, device=self.device, dtype=dtype, load_format=load_format, quantization=quantization
+        )
+        self._model = model
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         config = self._model.config.get_text_config()
         longest = config.max_position_embeddings
         self.context_tokens: int = min(max_model_len or longest, longest)
         self._vocabulary: int = self._model.get_input_embeddings().num_embeddings
         self._ends = _end_ids(self._model)
-        self.version = f"torch {torch.__version__} ({self.device.type}, {str(model.dtype).removeprefix('torch.')})"
+        weights = quantization or str(model.dtype).removeprefix("torch.")
+        self.version = f"torch {torch.__version__} ({self.device.type}, {weights})"
         small = sum(weight.numel() for weight in model.parameters()) < ONE_THREAD_PARAMETERS
         if self.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)

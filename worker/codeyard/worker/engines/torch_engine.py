@@ -17,7 +17,7 @@ from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, Job
 from codeyard.shared.job import JobId
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.children import descendants
-from codeyard.worker.engines.memory import measured
+from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 
@@ -39,9 +39,10 @@ class TorchEngine:
     """Made by `start`. One task reads the child's frames and spreads them over the jobs' queues."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, stderr: "_LastWords", info: EngineInfo, device: str
+        self, process: asyncio.subprocess.Process, stderr: "_LastWords", info: EngineInfo, device: str, meter: Meter
     ) -> None:
         self.info = info
+        self._meter = meter
         self._device = device
         self._process = process
         self._stderr = stderr
@@ -50,12 +51,15 @@ class TorchEngine:
         self._unsent: list[Frame] = []  # jobs of this turn of the event loop: they make one batch
         self._running = 0
         self._steps = 0
-        self._dead: EngineDead | None = None
+        self._dead: str | None = None  # why; an error is made for each who asks, since one holds its frames
         self._reader = asyncio.create_task(self._read(), name="torch engine")
 
     @classmethod
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "TorchEngine":
         """Load the model in a child process. Raises EngineUnavailable with what the child said."""
+        if settings.enable_lora:
+            raise EngineUnavailable("the torch engine takes no LoRA adapters; vllm does, on a CPU too")
+        meter = Meter()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "codeyard.worker.engines.torch_host"),
             stdin=asyncio.subprocess.PIPE,
@@ -75,9 +79,11 @@ class TorchEngine:
                     "dtype": settings.dtype,
                     "max_model_len": settings.max_model_len,
                     "max_running": settings.max_running,
+                    "load_format": settings.load_format,
+                    "quantization": settings.quantization,
                 },
             )
-            async with asyncio.timeout(LOAD_S):
+            async with meter.across(), asyncio.timeout(LOAD_S):
                 ready = await _receive(process.stdout)
             if ready is None or "error" in ready:
                 said = ready["error"] if ready else await stderr.all()
@@ -97,11 +103,13 @@ class TorchEngine:
             max_running=settings.max_running,
             continuous=False,
         )
-        return cls(process, stderr, info, ready["device"])
+        return cls(process, stderr, info, ready["device"], meter)
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         if self._dead is not None:
-            raise self._dead
+            raise EngineDead(self._dead)
+        if job.adapter is not None:
+            raise JobFailed(f"the torch engine takes no LoRA adapters, such as {job.adapter.name}")
         run = _Run(job, next(self._serials))
         self._runs[run.serial] = run
         self._submit(run)
@@ -109,7 +117,10 @@ class TorchEngine:
             while True:
                 news = await run.news.get()
                 if isinstance(news, Exception):
-                    raise news
+                    try:
+                        raise news
+                    finally:
+                        del news  # else frame and error hold each other, and with them this engine
                 if news.finish_reason is not None:
                     del self._runs[run.serial]
                 yield news
@@ -131,7 +142,7 @@ class TorchEngine:
         return (self._process.pid, *descendants([self._process.pid]))
 
     async def memory(self) -> Memory:
-        return await asyncio.to_thread(measured, self.pids(), self._device)
+        return await asyncio.to_thread(self._meter.measure, self.pids(), self._device)
 
     async def sleep(self) -> None:
         raise EngineUnavailable("the torch engine has no sleep mode")
@@ -141,7 +152,7 @@ class TorchEngine:
 
     async def close(self, *, force: bool = False) -> None:
         """Kills the child either way: it has nothing that outlives it."""
-        self._die(EngineDead("the torch engine was closed"))
+        self._die("the torch engine was closed")
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         await _end(self._process, self._stderr)
@@ -181,7 +192,7 @@ class TorchEngine:
             else:
                 self._give(frame["serial"], JobFailed(frame["message"]))
         status = await self._process.wait()
-        self._die(EngineDead(f"the torch process ended with status {status}: {await self._stderr.all()}"))
+        self._die(f"the torch process ended with status {status}: {await self._stderr.all()}")
 
     def _give(self, serial: int, news: Delta | Exception) -> None:
         run = self._runs.get(serial)
@@ -190,11 +201,11 @@ class TorchEngine:
             if isinstance(news, Exception):
                 del self._runs[serial]
 
-    def _die(self, error: EngineDead) -> None:
+    def _die(self, reason: str) -> None:
         if self._dead is None:
-            self._dead = error
+            self._dead = reason
         for run in self._runs.values():
-            run.news.put_nowait(self._dead)
+            run.news.put_nowait(EngineDead(self._dead))
         self._runs.clear()
         self._running = 0
 

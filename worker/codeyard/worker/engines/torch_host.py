@@ -1,6 +1,6 @@
 """The child process of the torch engine: owns the model, speaks length-prefixed JSON over its pipes.
 
-    stdin   {"model", "device", "dtype", "max_model_len", "max_running"}  once
+    stdin   {"model", "device", "dtype", "max_model_len", "max_running", "load_format", "quantization"}  once
             {"op": "generate", "jobs": [...]} | {"op": "abort", "serial"}
     stdout  {"version", "context_tokens", "device"} | {"error"}  once
             {"op": "step", "running", "deltas": [...]} | {"op": "refused", "serial", "error", "code", "message"}
@@ -142,14 +142,14 @@ def main() -> None:
     try:
         from codeyard.worker.engines.torch_batch import TorchModel
 
-        model = TorchModel(
-            asked["model"], device=asked["device"], dtype=asked["dtype"], max_model_len=asked["max_model_len"]
-        )
+        max_running = asked.pop("max_running")
+        model = TorchModel(asked.pop("model"), **asked)
     except Exception as error:
         # Whatever is wrong with a model directory or a driver: the parent shows it to a person.
-        send({"error": f"{type(error).__name__}: {error}"[:1_000]})
+        said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        send({"error": said[:1_000]})
         sys.exit(1)
-    host = Host(model, send, max_running=asked["max_running"])
+    host = Host(model, send, max_running=max_running)
     threading.Thread(target=_read, args=(host,), daemon=True).start()
     send({"version": model.version, "context_tokens": model.context_tokens, "device": model.device.type})
     host.serve()

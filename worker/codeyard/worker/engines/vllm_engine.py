@@ -10,31 +10,27 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
-import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.adapters import AdapterSlots, check_adapter
 from codeyard.worker.engines.children import Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
-from codeyard.worker.engines.memory import measured
+from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
-from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
+from codeyard.worker.engines.port import Adapter, Delta, EngineInfo, EngineJob, Load, Memory
+from codeyard.worker.engines.vllm_load import Stats, load
 
 log = logging.getLogger(__name__)
 
 PRIORITY = {Lane.INTERACTIVE: 0, Lane.STANDARD: 1, Lane.BULK: 2}
 SHUTDOWN_S = 5.0  # for vLLM to end its processes itself; half of it before it kills them
 KILL_S = 3.0  # for killed processes to be gone: one that is has given its GPU memory back
-ENVIRONMENT = {  # set unless the operator did
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about its own defaults, a page of them at each start
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB, CPU only; else it takes `gpu_memory_utilization` of the machine's memory
-}
-START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"  # gone in 0.32, which always spawns
 
 _loading = asyncio.Lock()  # one at a time: a new child process is known by not having been there before
 
@@ -42,19 +38,24 @@ _loading = asyncio.Lock()  # one at a time: a new child process is known by not 
 class VllmEngine:
     """Made by `start`."""
 
-    def __init__(self, llm: Any, info: EngineInfo, stats: "_Stats", processes: Processes, reaper: Reaper) -> None:
+    def __init__(
+        self, llm: Any, info: EngineInfo, stats: Stats, settings: EngineSettings, held: "_Held", reaper: Reaper
+    ) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
+        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.info = info
         self._llm = llm
         self._stats = stats
-        self._processes = processes
+        self._processes = held.processes
+        self._meter = held.meter
         self._reaper = reaper
         self._params = SamplingParams
         self._kinds = RequestOutputKind
+        self._lora = LoRARequest
         self._dead_error = EngineDeadError
         self._client_error = VLLMClientError
         self._device: str = llm.vllm_config.device_config.device_type
@@ -63,30 +64,23 @@ class VllmEngine:
         self._tokenizer = llm.get_tokenizer()
         self._thread = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for several
         self._serials = itertools.count()
-        self._ids: dict[
-            str, JobId
-        ] = {}  # vLLM's request id -> ours; a job may come again while its last run winds down
+        # vLLM's request id -> ours; a job may come again while its last run winds down
+        self._ids: dict[str, JobId] = {}
+        self._held_up: set[str] = set()  # of them, those that wait for their adapter: vLLM does not know them yet
+        self._aborted: set[str] = set()  # of those
+        self._max_rank = settings.max_lora_rank
+        self._adapters: AdapterSlots | None = None
+        if settings.enable_lora:
+            self._adapters = AdapterSlots(settings.max_cpu_loras, self._load_adapter, self._unload_adapter)
+        self._asleep = False
         self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "VllmEngine":
         """Load the model. Raises EngineUnavailable with what vLLM said."""
-        stats = _Stats()
+        stats = Stats()
         async with _loading:
-            before = _child_pids()
-            loading = asyncio.create_task(asyncio.to_thread(_load, source, settings, stats), name="load vllm")
-            try:
-                llm = await asyncio.shield(loading)
-            except BaseException as error:
-                # A thread cannot be cancelled, but it ends when the process it waits for does.
-                while not loading.done():
-                    Processes(_child_pids() - before).kill()
-                    await asyncio.wait([loading], timeout=0.5)
-                await _end(Processes(_child_pids() - before))
-                if isinstance(error, Exception):
-                    raise EngineUnavailable(f"vllm cannot load {source.location}: {error}") from error
-                raise
-            processes = Processes(_child_pids() - before)
+            llm, held = await _loaded(source, settings, stats)
         import vllm
 
         info = EngineInfo(
@@ -97,9 +91,9 @@ class VllmEngine:
             context_tokens=llm.model_config.max_model_len,
             max_running=settings.max_running,
             continuous=True,
-            can_sleep=_can_sleep(llm),
+            can_sleep=bool(llm.model_config.enable_sleep_mode),
         )
-        return cls(llm, info, stats, processes, await Reaper.start(processes))
+        return cls(llm, info, stats, settings, held, await Reaper.start(held.processes))
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_alive()
@@ -112,37 +106,46 @@ class VllmEngine:
         request_id = f"{job.id}:{next(self._serials)}"
         self._ids[request_id] = job.id
         try:
-            outputs = self._llm.generate(
-                {"type": "token", "prompt_token_ids": [*prompt_ids, *job.prefix_token_ids]},
-                self._sampling_params(job, completion.room),
-                request_id,
-                priority=PRIORITY[job.lane],
-            )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    self._take(completion, output)
-                    if (delta := completion.delta()) is not None:
-                        yield delta
-                    if completion.finish_reason is not None:
-                        return
-        except JobFailed:
+            async with self._lora_of(job.adapter, request_id) as lora:
+                if request_id in self._aborted:
+                    completion.end("abort")
+                    yield completion.delta() or Delta("", (), "abort", len(prompt_ids))
+                    return
+                outputs = self._llm.generate(
+                    {"type": "token", "prompt_token_ids": [*prompt_ids, *job.prefix_token_ids]},
+                    self._sampling_params(job, completion.room),
+                    request_id,
+                    lora_request=lora,
+                    priority=PRIORITY[job.lane],
+                )
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        self._take(completion, output)
+                        if (delta := completion.delta()) is not None:
+                            yield delta
+                        if completion.finish_reason is not None:
+                            return
+        except (JobFailed, EngineDead):
             raise
         except Exception as error:
             raise self._translated(error) from error
         finally:
             del self._ids[request_id]
+            self._aborted.discard(request_id)
         raise EngineDead("vllm ended a generation without a reason")
 
     async def abort(self, job_id: JobId) -> None:
         runs = [request_id for request_id, job in self._ids.items() if job == job_id]
+        self._aborted.update(self._held_up.intersection(runs))
         if runs and self._closing is None:
             with contextlib.suppress(self._dead_error):
                 await self._llm.abort(runs)
 
     def load(self) -> Load:
+        waiting = self._stats.waiting + len(self._held_up)
         return Load(
-            running=max(0, len(self._ids) - self._stats.waiting),
-            waiting=self._stats.waiting,
+            running=max(0, len(self._ids) - waiting),
+            waiting=waiting,
             kv_cache_used=self._stats.kv_cache_used,
             steps=self._stats.steps,
         )
@@ -151,15 +154,20 @@ class VllmEngine:
         return self._processes.pids
 
     async def memory(self) -> Memory:
-        return await asyncio.to_thread(measured, self.pids(), self._device)
+        return await asyncio.to_thread(self._meter.measure, self.pids(), self._device)
 
     async def sleep(self) -> None:
         if not self.info.can_sleep:
-            raise EngineUnavailable(f"vllm has no sleep mode on {self._device}")
-        await self._llm.sleep(level=1, mode="wait")
+            raise EngineUnavailable(f"vllm cannot sleep on {self._device}: an idle model waits on disk only")
+        self._asleep = True
+        async with self._measured("sleep"):
+            await self._llm.sleep(level=1, mode="wait")
 
     async def wake(self) -> None:
-        await self._llm.wake_up()
+        if self.info.can_sleep:
+            async with self._measured("wake"):
+                await self._llm.wake_up()
+        self._asleep = False
 
     async def close(self, *, force: bool = False) -> None:
         if force:
@@ -171,6 +179,9 @@ class VllmEngine:
     async def _shut_down(self) -> None:
         """End the iterators, ask vLLM to go, then see to it."""
         llm, self._llm = self._llm, None
+        adapters, self._adapters = self._adapters, None  # whose calls lead back here
+        if adapters is not None:
+            await adapters.close(EngineDead("the vllm engine was closed"))
         try:
             llm.output_processor.propagate_error(self._dead_error())
             if llm.output_handler is not None:
@@ -189,6 +200,58 @@ class VllmEngine:
     def _check_alive(self) -> None:
         if self._closing is not None:
             raise EngineDead("the vllm engine was closed")
+        if self._asleep:
+            raise JobFailed("the engine sleeps")
+
+    @contextlib.asynccontextmanager
+    async def _lora_of(self, adapter: Adapter | None, request_id: str) -> AsyncIterator[Any]:
+        """vLLM's name for the adapter, loaded as long as this job runs; None for the model itself."""
+        if adapter is None:
+            yield None
+            return
+        if self._adapters is None:
+            raise JobFailed(f"adapter {adapter.name}: the engine takes none without CODEYARD_ENGINE_ENABLE_LORA")
+        self._held_up.add(request_id)
+        try:
+            async with self._adapters.hold(adapter) as number:
+                self._held_up.discard(request_id)
+                yield self._lora_request(adapter, number)
+        finally:
+            self._held_up.discard(request_id)
+
+    def _lora_request(self, adapter: Adapter, number: int) -> Any:
+        """Numbered by name too: vLLM shares cached prefixes among all that ever had a name and path."""
+        return self._lora(lora_name=f"{adapter.name}-{number}", lora_int_id=number, lora_path=adapter.path)
+
+    async def _load_adapter(self, adapter: Adapter, number: int) -> None:
+        """Before a job needs it: one that does not load while the engine makes a step would end the engine."""
+        try:
+            await asyncio.to_thread(check_adapter, adapter, max_rank=self._max_rank)
+            await self._llm.add_lora(self._lora_request(adapter, number))
+        except EngineUnavailable as error:
+            raise JobFailed(str(error)) from None
+        except Exception as error:
+            dead = self._translated(error)
+            if isinstance(dead, EngineDead):
+                raise dead from error
+            raise JobFailed(f"vllm cannot load adapter {adapter.name} from {adapter.path}: {error}") from None
+
+    async def _unload_adapter(self, number: int) -> None:
+        try:
+            await self._llm.remove_lora(number)
+        except Exception as error:
+            raise self._translated(error) from error
+
+    @contextlib.asynccontextmanager
+    async def _measured(self, what: str) -> AsyncIterator[None]:
+        try:
+            async with self._meter.across():
+                yield
+        except Exception as error:
+            dead = self._translated(error)
+            if isinstance(dead, EngineDead):
+                raise dead from error
+            raise EngineUnavailable(f"vllm did not {what}: {error}") from error
 
     async def _tokenize(self, job: EngineJob) -> list[int]:
         if isinstance(job.prompt, tuple):
@@ -230,59 +293,33 @@ class VllmEngine:
         return JobFailed(f"{type(error).__name__}: {error.__cause__ or error}")
 
 
-class _Stats:
-    """The newest figures of the engine, written by its stat logger on the event loop."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What an engine has outside of this process."""
 
-    def __init__(self) -> None:
-        self.waiting = 0
-        self.steps = 0
-        self.kv_cache_used: float | None = None
-
-    def record(self, scheduler_stats: Any) -> None:
-        self.steps += 1
-        if scheduler_stats is not None:
-            self.waiting = scheduler_stats.num_waiting_reqs
-            self.kv_cache_used = scheduler_stats.kv_cache_usage
+    processes: Processes
+    meter: Meter
 
 
-def _load(source: ModelSource, settings: EngineSettings, stats: _Stats) -> Any:
-    """An AsyncLLM. Blocks for as long as the model loads."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import vllm.envs
-
-    if START_METHOD in vllm.envs.environment_variables:  # a worker has threads: a fork could inherit a held lock
-        os.environ.setdefault(START_METHOD, "spawn")
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Logger(StatLoggerBase):  # type: ignore[misc]  # vllm is untyped here
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            stats.record(scheduler_stats)
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    arguments = AsyncEngineArgs(
-        model=source.location,
-        max_num_seqs=settings.max_running,
-        scheduling_policy=settings.scheduling_policy,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        quantization=settings.quantization,
-        enforce_eager=settings.enforce_eager,
-        enable_prefix_caching=settings.enable_prefix_caching,
-        enable_sleep_mode=settings.sleep_mode and current_platform.is_sleep_mode_available(),
-        use_tqdm_on_load=False,
-    )
-    return AsyncLLM.from_engine_args(arguments, stat_loggers=[Logger])
+async def _loaded(source: ModelSource, settings: EngineSettings, stats: Stats) -> tuple[Any, _Held]:
+    before = _child_pids()
+    meter = Meter()
+    loading = asyncio.create_task(asyncio.to_thread(load, source, settings, stats), name="load vllm")
+    try:
+        async with meter.across():
+            llm = await asyncio.shield(loading)
+        return llm, _Held(Processes(_child_pids() - before), meter)
+    except BaseException as error:
+        # A thread cannot be cancelled, but it ends when the process it waits for does.
+        while not loading.done():
+            Processes(_child_pids() - before).kill()
+            await asyncio.wait([loading], timeout=0.5)
+        await _end(Processes(_child_pids() - before))
+        if not isinstance(error, Exception):
+            raise
+        said = str(error)
+    # Not from it: its frames hold what was made of the engine, and whoever remembers this error holds them.
+    raise EngineUnavailable(f"vllm cannot load {source.location}: {said}")
 
 
 def _end_ids(llm: Any) -> frozenset[int]:
@@ -290,10 +327,6 @@ def _end_ids(llm: Any) -> frozenset[int]:
     named = llm.model_config.try_get_generation_config().get("eos_token_id")
     ends = {llm.get_tokenizer().eos_token_id, *(named if isinstance(named, list) else [named])}
     return frozenset(ends - {None})
-
-
-def _can_sleep(llm: Any) -> bool:
-    return bool(llm.model_config.enable_sleep_mode)
 
 
 def _nothing(timeout: float | None = None) -> None:

@@ -10,7 +10,9 @@ more from disk. A model that waits is opened at once where there is room, and el
 - those that have nothing to do, the least recently busy first;
 - those worth less by a factor, if the one that waits has waited for as long as it takes to get ready, and
   they have served for as long as it took to get *them* ready. So at most half of the time goes into
-  getting ready, and two models with even queues do not take turns at every look;
+  getting ready, and two models with even queues do not take turns at every look. To the worth of what is
+  served belong its running jobs: as many would wait while it is away, which is for as long as both take
+  to get ready;
 - whatever has served that long, once the one that waits has waited for `starvation_s`: a flood for one
   model keeps no job of another waiting for more than that, plus the longest service of those before it.
 
@@ -21,12 +23,13 @@ Pure: plain values in, a decision out. Called by: worker.station, loadtest/bench
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from codeyard.shared.job import Lane
 
 HYSTERESIS = 1.5  # times the worth of what is served
 STARVATION_S = 120.0
+LIKELY = 0.5  # a model less likely than this to be next is not made ready ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class ModelState:
     load_s: float  # what it took, or would take, to get it ready: what it must serve for in turn
     serving: bool = False  # a line is open for it, or opening
     served_s: float = 0.0  # for how long
-    num_running: int = 0  # jobs in the engine; they finish before it can go
+    running: Mapping[Lane, int] = field(default_factory=dict)  # jobs in the engine; they finish before it can go
     idle_s: float = 0.0  # since it last had work
 
     @property
@@ -144,17 +147,21 @@ def _may_go(
         return False
     if there.waited_s >= starvation_s:
         return True
-    return there.waited_s >= there.ready_s and worth(there, shares) > HYSTERESIS * worth(here, shares)
+    if there.waited_s < there.ready_s:
+        return False
+    away_s = there.ready_s + here.load_s
+    missed = sum(shares.get(lane, 1.0) * jobs * away_s for lane, jobs in here.running.items())
+    return worth(there, shares) > HYSTERESIS * (worth(here, shares) + missed)
 
 
 def _busy(state: ModelState) -> bool:
-    return bool(state.waiting or state.num_running)
+    return bool(state.waiting or any(state.running.values()))
 
 
 def _ahead(models: Mapping[str, ModelState], budget_bytes: int | None, forecast: Mapping[str, float]) -> Placement:
     """Get the likeliest model ready, if there is room beside what is busy and what is about as likely."""
     ready = [name for name, state in models.items() if state.serving or not state.ready_s]
-    wanted = [name for name in models if name not in ready and forecast.get(name)]
+    wanted = [name for name in models if name not in ready and forecast.get(name, 0.0) >= LIKELY]
     for name in sorted(wanted, key=lambda one: (-forecast[one], one)):
         room = _Room(models, budget_bytes, ready)
         idle = [one for one in ready if not _busy(models[one]) and HYSTERESIS * forecast.get(one, 0.0) < forecast[name]]
