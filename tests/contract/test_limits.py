@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from support.limits import SLOW, LimitYard, ask
+from support.redis_server import running_redis
 
 from codeyard.shared.job import new_job_id
 from codeyard.shared.limits.port import LimitStore
+from codeyard.shared.limits.redis import RedisLimitStore
 from codeyard.shared.limits.rules import Allowance, Bucket, GiveBack, Verdict
+from codeyard.shared.settings import StoreSettings
 from codeyard.shared.topology import Topology
 
 JOBS = Allowance(concurrent_jobs=2)
@@ -206,6 +209,37 @@ async def test_on_redis_every_key_has_an_end(redis_url: str, namespace: str) -> 
     assert 0 < lifetimes["levels"] <= 22
     assert 550 < lifetimes["live"] <= 602
     assert 550 < lifetimes["sizes"] <= 602
+
+
+@pytest.mark.services
+async def test_on_a_cluster_a_group_over_many_tenants_comes_back_in_its_order(tmp_path: Path) -> None:
+    """Each tenant's keys lie in one slot; a node with all slots refuses a script over two, as any cluster does."""
+    async with running_redis(tmp_path / "redis", "--cluster-enabled", "yes") as server:
+        await server.command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+        await server.cluster_formed()
+        store = await RedisLimitStore.open(StoreSettings(url=server.url), Topology("cluster"))
+        allowance = Allowance(requests=SLOW, concurrent_jobs=1)
+        asks = [ask(new_job_id(), tenant=f"tenant-{n % 20}", allowance=allowance) for n in range(40)]
+
+        outcomes = await store.take(asks)
+        await store.give_back([GiveBack(one.tenant, one.job_id) for one in asks[:20]])
+
+        assert [one.verdict for one in outcomes] == [Verdict.GRANTED] * 20 + [Verdict.JOBS] * 20
+        assert await store.live("tenant-3", start=0, count=10) == []
+        await store.close()
+
+
+@pytest.mark.services
+async def test_a_server_that_forgot_the_scripts_is_taught_again(redis_url: str, namespace: str) -> None:
+    """A restart or a failover empties its cache of scripts."""
+    yard = LimitYard(redis_url, Topology(namespace))
+    store = await yard.open()
+    await store.take([ask(new_job_id())])
+    async with yard._redis() as redis:
+        await redis.script_flush()
+
+    assert [one.verdict for one in await store.take([ask(new_job_id())])] == [Verdict.GRANTED]
+    await yard.tidy()
 
 
 # All adapters alike --------------------------------------------------------------------------------
