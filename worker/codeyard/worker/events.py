@@ -1,11 +1,13 @@
 """Write streamed tokens to the store: all running jobs in one round trip, a few times a second.
 
-A job's first token is written at once, later ones every `flush_s`. A slow store makes the groups
-larger, never the worker slower: what waits is coalesced. Called by: worker.runner.
+A job's first token is written at once, later ones every `flush_s`, or a little earlier in company. A slow
+store makes the groups larger, never the worker slower: what waits is coalesced. Called by: worker.runner.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -17,6 +19,7 @@ from codeyard.worker.held import HeldJob
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2  # pause after the store did not answer
+EARLY_SHARE = 0.25  # of `flush_s`: what is due this soon goes along, so that many streams share few round trips
 
 
 class EventWriter:
@@ -28,11 +31,12 @@ class EventWriter:
         self._on_fenced = on_fenced
         self._dirty: dict[JobId, HeldJob] = {}
         self._written_s: dict[JobId, float] = {}
+        self._until_s = math.inf  # the writer sleeps until then
         self._wake = asyncio.Event()
 
     def touch(self, held: HeldJob) -> None:
         self._dirty[held.id] = held
-        if held.id not in self._written_s:
+        if self._due_s(held.id) < self._until_s:
             self._wake.set()
 
     def forget(self, job_id: JobId) -> None:
@@ -44,19 +48,18 @@ class EventWriter:
         while True:
             await self._until_due()
             now_s = time.monotonic()
-            due = [held for held in self._dirty.values() if self._due_s(held.id) <= now_s]
+            soon_s = now_s + EARLY_SHARE * self._flush_s
+            due = [held for held in self._dirty.values() if self._due_s(held.id) <= soon_s]
             if due:
                 await self._write(due, now_s)
 
     async def _until_due(self) -> None:
         self._wake.clear()
-        due_s = min((self._due_s(job_id) for job_id in self._dirty), default=None)
-        wait_s = self._flush_s if due_s is None else max(0.0, due_s - time.monotonic())
-        try:
-            async with asyncio.timeout(wait_s if self._dirty else None):
+        self._until_s = min((self._due_s(job_id) for job_id in self._dirty), default=math.inf)
+        wait_s = None if self._until_s == math.inf else max(0.0, self._until_s - time.monotonic())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
                 await self._wake.wait()
-        except TimeoutError:
-            pass
 
     def _due_s(self, job_id: JobId) -> float:
         written_s = self._written_s.get(job_id)
