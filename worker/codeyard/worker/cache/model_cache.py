@@ -66,6 +66,10 @@ class _Handle:
     preloaded: bool = False  # nobody has leased it yet
     closing: asyncio.Task[None] | None = None
 
+    @property
+    def usable(self) -> bool:
+        return self.closing is None and self.tier is Tier.AWAKE
+
 
 @dataclass(slots=True, eq=False)
 class _Loading:
@@ -156,11 +160,12 @@ class ModelCache:
         try), NoRoom if what else is leased does not leave enough memory within `timeout_s`.
         """
         handle = self._find(spec.revision)
-        if handle is None:
-            self._metrics.model_misses.labels(tier=self.tier(spec.revision)).inc()
-            handle = await self._loaded(spec, who, timeout_s)
-        else:
+        if handle is not None:
             self._metrics.model_hits.inc()
+            return self._lease(handle, who)
+        self._metrics.model_misses.labels(tier=self.tier(spec.revision)).inc()
+        while handle is None or not handle.usable:  # it may have broken under another before its turn came here
+            handle = await self._loaded(spec, who, timeout_s)
         return self._lease(handle, who)
 
     @contextlib.asynccontextmanager
@@ -186,11 +191,11 @@ class ModelCache:
         return True
 
     async def evict(self, revision: str) -> None:
-        """Forget it: closed now, or at its last release."""
+        """Forget it: closed now, or at its last release. Nothing if somebody waits for it just now."""
         handle = self._kept.get(revision)
-        if handle is not None:
+        if handle is not None and revision not in self._loading:
             self._drop(handle)
-            if not handle.leases and revision not in self._loading:
+            if not handle.leases:
                 await self._close(handle)
 
     def tier(self, revision: str) -> Tier:
@@ -217,9 +222,7 @@ class ModelCache:
     def _find(self, revision: str) -> _Handle | None:
         """A live engine that is awake, also one that was evicted and is still leased."""
         handle = self._alive.get(revision)
-        if handle is None or handle.closing is not None or handle.tier is not Tier.AWAKE:
-            return None
-        return handle
+        return handle if handle is not None and handle.usable else None
 
     def _lease(self, handle: _Handle, who: str) -> Lease:
         token = next(self._tokens)
@@ -325,6 +328,8 @@ class ModelCache:
             await self._close(handle, force=True)
             raise
         handle.tier = Tier.AWAKE
+        handle.kept = True
+        self._kept[handle.spec.revision] = handle
         self._kept.move_to_end(handle.spec.revision)
         self._tell()
 
@@ -340,7 +345,7 @@ class ModelCache:
             if idle:
                 await self._put_away(idle[0], but=spec.revision)
                 continue
-            if self._budget_bytes is not None and not self._leased() and not self._accounts.quarantined_bytes:
+            if self._budget_bytes is not None and self.bytes_of(spec) > self._budget_bytes:
                 raise NoRoom(
                     f"{spec.revision} needs about {_gib(self.bytes_of(spec))}, the budget is {_gib(self._budget_bytes)}"
                 )
