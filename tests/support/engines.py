@@ -1,6 +1,7 @@
 """What every engine with a model must do, tried on the starter model. Test modules subclass `EngineContract`."""
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncGenerator
@@ -14,7 +15,8 @@ from codeyard.shared.errors import EngineDead, JobFailed, JobRejected
 from codeyard.shared.job import Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines import children
-from codeyard.worker.engines.port import Delta, Engine, EngineJob
+from codeyard.worker.engines.models import starter_directory
+from codeyard.worker.engines.port import Adapter, Delta, Engine, EngineJob
 
 SETTINGS = EngineSettings(max_running=16, enforce_eager=True, dtype="float32")
 PROMPT = "class A:\n    def __init__(self"  # goes on and on when asked greedily
@@ -25,7 +27,8 @@ PATIENCE_S = 60.0
 def job(name: str, prompt: str | tuple[int, ...] = PROMPT, *, stream: bool = False, **changes: Any) -> EngineJob:
     prefix = changes.pop("prefix", ())
     lane = changes.pop("lane", Lane.STANDARD)
-    return EngineJob(name, prompt, Sampling(**{"max_tokens": 24, **changes}), lane, stream, prefix)
+    adapter = changes.pop("adapter", None)
+    return EngineJob(name, prompt, Sampling(**{"max_tokens": 24, **changes}), lane, stream, prefix, adapter)
 
 
 async def run(engine: Engine, one: EngineJob) -> list[Delta]:
@@ -55,6 +58,29 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def write_adapter(folder: Path, name: str, *, seed: int, rank: int = 4) -> Adapter:
+    """Random weights that change what the starter model says, as peft would have saved them."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((starter_directory() / "config.json").read_text())
+    width = config["hidden_size"]
+    outputs = {"q_proj": width, "v_proj": config["num_key_value_heads"] * config["head_dim"]}
+    chance = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, num_out in outputs.items():
+            key = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(rank, width, generator=chance) / width**0.5
+            weights[f"{key}.lora_B.weight"] = torch.randn(num_out, rank, generator=chance)
+    folder = folder / name
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**described, "target_modules": list(outputs)}))
+    return Adapter(name, str(folder))
 
 
 async def started(engine: Engine, one: EngineJob) -> tuple[AsyncGenerator[Delta, None], Delta]:

@@ -289,9 +289,7 @@ def _answer(prompt: str | tuple[int, ...], adapter: str | None) -> tuple[int, ..
 def _rest_of(job: EngineJob, limit: int) -> tuple[tuple[int, ...], int]:
     """(token ids still to come, tokens to prefill)."""
     adapter = job.adapter.name if job.adapter is not None else None
-    _, token_ids, _ = simulated_completion(
-        job.prompt, job.sampling.max_tokens, stop=job.sampling.stop, adapter=adapter
-    )
+    _, token_ids, _ = simulated_completion(job.prompt, job.sampling.max_tokens, stop=job.sampling.stop, adapter=adapter)
     return token_ids[len(job.prefix_token_ids) : limit], _num_tokens(job.prompt) + len(job.prefix_token_ids)
 
 

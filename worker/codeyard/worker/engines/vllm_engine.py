@@ -150,6 +150,11 @@ class VllmEngine:
             steps=self._stats.steps,
         )
 
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Those loaded now, the least recently used first."""
+        return self._adapters.loaded if self._adapters is not None else ()
+
     def pids(self) -> tuple[int, ...]:
         return self._processes.pids
 
