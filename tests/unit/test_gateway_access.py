@@ -10,19 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.routing import Route
-from support.asgi import JOB_ID, MadeUpJobs, app_over, http_to, status
+from support.asgi import JOB_ID, MadeUpJobs, app_over, http_to, limits_over, status
 from support.tokens import SECRET, STATIC, MadeUpKeys, MadeUpSource, auth_settings, rsa_key, some_key, token
 
 from codeyard.producer.gateway.auth import Credentials
 from codeyard.producer.gateway.jwks import KeySet
 from codeyard.producer.gateway.keys import ApiKeys
 from codeyard.producer.gateway.openapi import describe
+from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.tokens import Tokens
 from codeyard.shared.access.keys import Scope
 from codeyard.shared.errors import JobNotFound, SettingsError
 from codeyard.shared.job import job_id_for_key
 from codeyard.shared.record import Event, EventKind, State
-from codeyard.shared.settings import load
+from codeyard.shared.settings import LimitSettings, load
 from codeyard.shared.telemetry import JsonFormatter, TextFormatter
 
 OPEN = {"/", "/docs", "/openapi.json", "/healthz", "/readyz"}
@@ -199,6 +200,26 @@ async def test_another_tenants_job_is_not_there_and_nothing_happens_to_it(
     assert {name: value for name, value in theirs.headers.items() if name != "date"} == dict(nobodys.headers)
     assert touched == []
     assert own.status_code == 200
+
+
+async def test_no_call_on_a_tenants_jobs_reaches_anothers_job() -> None:
+    """Each asks by itself: other protocols call them in another order than the HTTP routes do."""
+    jobs = Recording(known=status(tenant="victim"))
+
+    def attacker() -> TenantJobs:
+        return TenantJobs(jobs, "attacker", limits_over(LimitSettings()))
+
+    for call in (
+        attacker().status(JOB_ID),
+        attacker().wait(JOB_ID, 60.0),
+        anext(attacker().stream(JOB_ID)),
+        attacker().cancel(JOB_ID),
+    ):
+        with pytest.raises(JobNotFound):
+            await call
+    assert await attacker().recent(20) == []
+
+    assert jobs.touched == []
 
 
 async def test_the_list_holds_only_the_tenants_own_jobs() -> None:

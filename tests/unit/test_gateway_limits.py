@@ -165,6 +165,10 @@ async def test_attaching_costs_a_request_and_nothing_else() -> None:
     assert await submitted(tenant, "release-1") == first
     assert (list(store.jobs["acme"]), tokens_left(store)) == ([first], 900)
 
+    store.jobs["acme"].clear()  # as if it had come by another way, uncounted
+    assert await submitted(tenant, "release-1") == first
+    assert (list(store.jobs["acme"]), tokens_left(store)) == ([first], 900)
+
     store.jobs["acme"].clear()  # it ended
     jobs.state = State.SUCCEEDED
     assert await submitted(tenant, "release-1") == first
