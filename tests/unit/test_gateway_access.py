@@ -1,5 +1,6 @@
 """The app with credentials: every route asks, shows a tenant its own jobs only, and gives nothing away."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -349,6 +350,21 @@ def test_a_setting_that_cannot_be_used_is_named_without_any_secret(
 
     assert said.lower() in str(caught.value).lower()
     assert not re.search("hunter2", str(caught.value))
+
+
+async def test_the_log_says_who_was_calling_by_the_id_of_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    """The person on call finds the tenant, and the key to revoke."""
+    made = some_key(tenant="acme")
+    with caplog.at_level(logging.DEBUG):
+        async with http_to(app_over(MadeUpJobs(RuntimeError("odd")), auth=credentials(MadeUpKeys(made.key)))) as http:
+            await http.get(f"/v1/jobs/{JOB_ID}", headers={"x-api-key": made.text})
+            await http.get(f"/v1/jobs/{JOB_ID}")
+
+    lines = [JsonFormatter().format(record) for record in caplog.records if record.name.endswith("edge")]
+    known, counted, unknown = map(json.loads, lines)
+    assert (known["event"], known["tenant"], known["caller"]) == ("request_failed", "acme", f"key {made.key.id}")
+    assert (counted["event"], counted["caller"]) == ("http_request", f"key {made.key.id}")
+    assert (unknown["status"], "caller" in unknown) == (401, False)
 
 
 async def test_a_job_that_is_not_there_is_told_apart_from_none_of_them() -> None:

@@ -29,7 +29,7 @@ from starlette.routing import Match
 
 from codeyard.producer.gateway import requests
 from codeyard.producer.gateway.auth import Authenticator
-from codeyard.producer.gateway.edge import Edge
+from codeyard.producer.gateway.edge import CALLER, Edge
 from codeyard.producer.gateway.jobs import Jobs
 from codeyard.producer.gateway.limits import Limits, openai_headers
 from codeyard.producer.gateway.openapi import describe
@@ -80,6 +80,7 @@ def create_app(
         async def answer(request: Request) -> Response:
             given = request.headers.getlist
             caller = await auth.caller(given("authorization"), given("x-api-key"))
+            request.scope[CALLER] = caller
             caller.require(scope)
             return await handler(request, TenantJobs(jobs, caller.tenant, limits))
 

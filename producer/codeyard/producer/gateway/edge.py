@@ -1,7 +1,8 @@
 """The outermost layer of the app: time every request, and let nothing unexpected out.
 
 An exception that no handler knows becomes a 500 problem with an incident number, logged once under the
-same number. A caller that hung up gets nothing, and costs nothing but a count under status 499.
+same number. A caller that hung up gets nothing, and costs nothing but a count under status 499. Log lines
+say who was calling, where that is known.
 """
 
 import logging
@@ -10,6 +11,7 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from codeyard.producer.gateway.auth import Caller
 from codeyard.producer.gateway.problems import problem
 from codeyard.shared.envelope import new_nonce
 from codeyard.shared.telemetry import Metrics
@@ -17,6 +19,7 @@ from codeyard.shared.telemetry import Metrics
 log = logging.getLogger(__name__)
 
 HUNG_UP = 499  # what nginx calls it; never sent
+CALLER = "codeyard.caller"  # in a request's scope, once it is known
 
 
 class Edge:
@@ -45,17 +48,23 @@ class Edge:
             status = status or HUNG_UP
         except Exception:
             incident = new_nonce()[:12]
-            log.exception("request_failed", extra={"incident": incident, "route": _route(scope)})
+            log.exception("request_failed", extra={"incident": incident, "route": _route(scope), **_who(scope)})
             if status == 0:
                 detail = f"something went wrong here; the gateway's log has it as {incident}"
                 await problem("internal-error", detail, incident=incident)(scope, receive, noted)
         finally:
-            self._count(_route(scope), status, time.monotonic() - started_s)
+            self._count(scope, status, time.monotonic() - started_s)
 
-    def _count(self, route: str, status: int, took_s: float) -> None:
+    def _count(self, scope: Scope, status: int, took_s: float) -> None:
+        route = _route(scope)
         self._metrics.http_requests.labels(route=route, status=str(status)).inc()
         self._metrics.http_request.labels(route=route).observe(took_s)
-        log.debug("http_request", extra={"route": route, "status": status, "took_s": took_s})
+        log.debug("http_request", extra={"route": route, "status": status, "took_s": took_s, **_who(scope)})
+
+
+def _who(scope: Scope) -> dict[str, str]:
+    caller: Caller | None = scope.get(CALLER)
+    return {"tenant": caller.tenant, "caller": caller.name} if caller else {}
 
 
 def _route(scope: Scope) -> str:
