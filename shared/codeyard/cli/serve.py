@@ -47,6 +47,7 @@ def gateway(host: str | None, port: int | None, log_level: str | None, log_forma
 @serving
 @engine_options
 @click.option("--metrics-port", type=click.IntRange(0, 65_535), help="Serve Prometheus metrics on this port.")
+@click.option("--memory-profile", is_flag=True, default=None, help="Report what grows with the jobs. Slow.")
 @one_line_errors
 def worker(
     model: str | None,
@@ -54,6 +55,7 @@ def worker(
     max_running: int | None,
     set_alias: bool | None,
     metrics_port: int | None,
+    memory_profile: bool | None,
     log_level: str | None,
     log_format: str | None,
     **where: Any,
@@ -68,7 +70,13 @@ def worker(
 
     settings = settings_of(
         **where,
-        worker={"model": model, "engine": engine, "set_alias": set_alias, "metrics_port": metrics_port},
+        worker={
+            "model": model,
+            "engine": engine,
+            "set_alias": set_alias,
+            "metrics_port": metrics_port,
+            "memory_profile": memory_profile,
+        },
         engine={"max_running": max_running},
         log_level=log_level,
         log_format=log_format,

@@ -13,11 +13,14 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -48,6 +51,19 @@ MIN_SECRET_BYTES = 32  # RFC 7518, 3.2: an HMAC key is at least as long as its h
 
 Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@|/+-]{0,127}$")]
 """As a credential may name one: safe in keys of the store, headers and log lines."""
+
+
+def _share_or_size(given: object) -> object:
+    if isinstance(given, str) and not given.replace(".", "", 1).isdecimal():
+        try:
+            return float(TypeAdapter(ByteSize).validate_python(given))
+        except ValidationError:
+            raise ValueError("a share of the memory, like 0.9, or a size, like 48GiB") from None
+    return given
+
+
+MemoryLimit = Annotated[float, BeforeValidator(_share_or_size), Field(gt=0)]
+"""Up to 1 a share of the memory there is; above it bytes."""
 
 
 class _Group(BaseModel):
@@ -205,6 +221,11 @@ class WorkerSettings(_Group):
     settle_group: PositiveInt = 256  # results per round trip, at most
     hand_back_s: PositiveFloat = 300.0  # look-ahead older than this goes back (RabbitMQ's ack timeout is 30 min)
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # None: no metrics server
+    memory_limit: MemoryLimit = 0.9  # of the host, or of this container; at 90 % of it the window shrinks
+    device_memory_limit: MemoryLimit | None = None  # of a GPU. None: vLLM takes its share at start and stays there
+    memory_profile: bool = False  # trace allocations from the start; SIGUSR2 begins and ends it at any time
+    memory_profile_jobs: PositiveInt = 1_000  # between reports of what grew
+    memory_profile_file: Path | None = None  # None: memory-profile-PID.json in the state folder
 
     @model_validator(mode="after")
     def _hand_fits(self) -> Self:
@@ -394,7 +415,8 @@ def _explain(error: ValidationError, inside: str = "") -> str:
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
         variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
-        secret = names[-1] == "url" or names[0] == "auth"
+        # A name we do not know may be a misspelt URL or key.
+        secret = names[-1] == "url" or names[0] == "auth" or item["type"] == "extra_forbidden"
         value = "" if secret else f" (got {item['input']!r:.80})"
         lines.append(f"{variable}: {item['msg']}{value}")
     return "; ".join(lines)

@@ -254,6 +254,19 @@ class Metrics:
         self.model_quarantined = self._gauge(
             "codeyard_model_quarantined_bytes", "Memory that closed engines did not give back; it counts as used."
         )
+        self.memory_used = self._gauge(
+            "codeyard_memory_used_bytes",
+            "Memory in use. kind: host (this worker and its engines), device (the fullest GPU, by whomever).",
+            "kind",
+        )
+        self.memory_limit = self._gauge(
+            "codeyard_memory_limit_bytes",
+            "Where intake stops. kind: host (less than set when others take it), device (absent without a limit).",
+            "kind",
+        )
+        self.memory_window_factor = self._gauge(
+            "codeyard_memory_window_factor", "What memory leaves of the window: 1 all of it, 0 while intake is stopped."
+        )
 
     def _both(self) -> None:
         self.reconciled = self._counter(
