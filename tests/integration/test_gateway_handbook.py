@@ -59,7 +59,8 @@ def _same_shape(answered: str, printed: str) -> None:
         assert _events(got_body) == _events(want_body)
     else:
         late = {"started_at", "finished_at", "result"} if '"queued"' in want_body else set()
-        assert set(json.loads(got_body)) - late == set(json.loads(want_body))
+        measured = {"estimated_start_s"}  # once workers have told how they do; this test has none that does
+        assert set(json.loads(got_body)) - late - measured == set(json.loads(want_body)) - measured
 
 
 def _events(body: str) -> list[tuple[str, ...]]:
