@@ -2,13 +2,16 @@
 
 import asyncio
 import contextlib
+import shutil
+import signal
 import sys
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support.fleet import Backend, worker_task
+from support.fleet import Backend, WorkerProcess, worker_task
 
 from codeyard.producer import AsyncClient
 from codeyard.producer.async_client import AsyncJob
@@ -16,6 +19,7 @@ from codeyard.shared.alias import Alias, Phase
 from codeyard.shared.record import EventKind, State
 from codeyard.shared.rollout import begin, change, promote, roll_back
 from codeyard.shared.settings import Settings
+from codeyard.worker.engines.models import starter_directory
 
 WITHIN_S = 60.0
 SIZE = 1_000
@@ -51,9 +55,10 @@ async def reached(client: AsyncClient, phase: Phase) -> Alias:
 class Load:
     """Jobs at a steady rate until it is stopped."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: AsyncClient, pause_s: float) -> None:
         self.jobs: list[AsyncJob] = []
         self._client = client
+        self._pause_s = pause_s
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -65,7 +70,7 @@ class Load:
                 )
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), PAUSE_S)
+                await asyncio.wait_for(self._stop.wait(), self._pause_s)
 
     async def checked(self) -> list[str]:
         """Every job succeeded on the revision it was pinned to; the revisions, in the order of submission."""
@@ -80,8 +85,8 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def under_load(client: AsyncClient) -> AsyncIterator[Load]:
-    load = Load(client)
+async def under_load(client: AsyncClient, pause_s: float = PAUSE_S) -> AsyncIterator[Load]:
+    load = Load(client, pause_s)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(load.run())
         try:
@@ -210,3 +215,37 @@ async def command(*arguments: str, status: int = 0) -> str:
         output, _ = await process.communicate()
     assert process.returncode == status, output.decode()
     return output.decode()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("torch", marks=pytest.mark.torch), pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.long])],
+)
+async def test_a_rollout_of_real_weights_under_load(embedded: Backend, tmp_path: Path, engine: str) -> None:
+    """The starter model, and a copy of it whose weights differ: every answer is the pinned revision's own."""
+    from safetensors.torch import load_file, save_file  # comes with the engines
+
+    second = tmp_path / "coder-2"
+    shutil.copytree(starter_directory(), second)
+    weights = load_file(second / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, second / "model.safetensors", {"format": "pt"})
+    settings = embedded.settings(
+        worker={"engine": engine, "model": f"coder={starter_directory()}", "stall_s": 60},
+        engine={"enforce_eager": True, "time_scale": 1.0, "max_running": 16},
+    )
+    process = WorkerProcess(settings, tmp_path)
+    await process.start()
+    try:
+        async with AsyncClient(settings=settings, timeout_s=10) as client:
+            async with under_load(client, pause_s=0.2) as load:
+                await begun(client, str(second))
+                alias = await reached(client, Phase.DRAIN)
+                await reached(client, Phase.DONE)
+            revisions = await load.checked()
+    finally:
+        process.signal(signal.SIGTERM)
+        status = await process.ended()
+
+    assert status == 0
+    assert revisions[0] != revisions[-1] == alias.revision
+    assert revisions == sorted(revisions, key=lambda revision: revision == alias.revision)

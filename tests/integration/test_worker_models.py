@@ -4,12 +4,15 @@ import asyncio
 from typing import Any
 
 import pytest
-from support.fleet import Backend, running, worker_task
+from support.fleet import Backend, running, told, worker_task
 
 from codeyard.shared.errors import UnknownModel
+from codeyard.shared.job import Lane
 from codeyard.shared.record import State
 from codeyard.shared.settings import Settings
+from codeyard.worker import service
 from codeyard.worker.engines.simulated import simulated_completion
+from codeyard.worker.memory_watch import MemorySample, Usage
 
 SIZE = 1_000
 NAMES = ("a", "b", "c", "d")
@@ -74,3 +77,20 @@ async def test_an_engine_that_dies_takes_only_its_own_models_jobs_with_it(embedd
     assert {result.state for result in results} == {State.SUCCEEDED}
     assert dead.error is not None
     assert dead.error.code == "poison"
+
+
+async def test_at_the_memory_limit_no_job_is_taken_until_memory_fell(
+    embedded: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is queued waits at the broker, for this worker or another; the kernel ends nobody."""
+    used = [100]
+    monkeypatch.setattr(service, "MemorySampler", lambda *limits: lambda: MemorySample(Usage(used[0], 100)))
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        job = await client.submit("def waits():")
+        await told(client, lambda notice: any(sum(model.backlog.get(Lane.STANDARD, ())) for model in notice.models))
+        held = (await job.status()).state
+        used[0] = 50
+        result = await job.result(timeout=20)
+
+    assert held is State.QUEUED
+    assert result.state is State.SUCCEEDED

@@ -58,11 +58,21 @@ class Intake:
         self._hand = hand
         self._owner = owner
         self._on_claimed = on_claimed
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def allow(self, open: bool) -> None:
+        """Whether deliveries are taken: not while memory is at its limit. What is in hand goes on."""
+        if open:
+            self._open.set()
+        else:
+            self._open.clear()
 
     async def run(self) -> None:
         """Until cancelled. A group is taken whole: cancellation between its steps only repeats work."""
         async with asyncio.TaskGroup() as holds:  # parents of arrivals that wait for another's lease
             while True:
+                await self._open.wait()
                 deliveries = await persist(lambda: self._consumer.receive(MAX_GROUP))
                 arrivals = await self._decode(deliveries)
                 if arrivals:

@@ -26,8 +26,10 @@ from codeyard.shared.topology import Topology
 from codeyard.worker.catalogue import Served
 from codeyard.worker.events import EventWriter
 from codeyard.worker.hand import Hand
+from codeyard.worker.held import HeldJob
 from codeyard.worker.intake import Intake
 from codeyard.worker.leases import LeaseKeeper
+from codeyard.worker.memory_watch import MemoryDecision
 from codeyard.worker.patience import persist
 from codeyard.worker.runner import EngineLease, Runner
 from codeyard.worker.scheduling.select import make_scheduler
@@ -49,6 +51,7 @@ class Plant:
     metrics: Metrics
     leases: LeaseKeeper
     owner: str  # this worker's name; unique for every process ever started
+    on_job_ended: Callable[[], None] = lambda: None
 
     def queues_of(self, revision: str) -> dict[Lane, tuple[str, ...]]:
         """Every shard of every lane that this worker serves."""
@@ -77,6 +80,15 @@ class Line:
         self._backlog = backlog
         self._hand = Hand(plant.leases, plant.metrics)
         self._runner: Runner | None = None
+        self._intake: Intake | None = None
+        self._allowed = MemoryDecision()
+
+    def constrain(self, decision: MemoryDecision) -> None:
+        """What memory allows from now on."""
+        self._allowed = decision
+        if self._runner is not None and self._intake is not None:
+            self._runner.window_factor = decision.window_factor
+            self._intake.allow(decision.intake)
 
     def lose(self, job_id: JobId) -> None:
         """The job has another owner, or is final."""
@@ -95,6 +107,10 @@ class Line:
     def jobs(self) -> Mapping[Lane, int]:
         """The same, by lane."""
         return Counter(held.job.lane for held in self._hand)
+
+    def _settled(self, held: HeldJob) -> None:
+        self._hand.discard(held)
+        self._plant.on_job_ended()
 
     def notice(self, tier: str, backlog: Mapping[Lane, tuple[int, ...]]) -> ModelNotice:
         """What producers estimate a wait from."""
@@ -131,7 +147,7 @@ class Line:
             plant.metrics,
             group=worker.settle_group,
             publish_timeout_s=plant.settings.broker.publish_timeout_s,
-            on_settled=self._hand.discard,
+            on_settled=self._settled,
         )
         writer = EventWriter(plant.store, flush_s=worker.flush_s, on_fenced=self.lose)
         runner = self._runner = Runner(
@@ -149,7 +165,10 @@ class Line:
             stall_s=worker.stall_s,
             hand_back_s=worker.hand_back_s,
         )
-        intake = Intake(consumer, plant.store, settler, self._hand, owner=plant.owner, on_claimed=runner.offer)
+        intake = self._intake = Intake(
+            consumer, plant.store, settler, self._hand, owner=plant.owner, on_claimed=runner.offer
+        )
+        self.constrain(self._allowed)
         try:
             async with asyncio.TaskGroup() as tasks:
                 taking = tasks.create_task(intake.run(), name="intake")

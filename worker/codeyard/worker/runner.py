@@ -78,6 +78,7 @@ class Runner:
         self._stall_s = stall_s
         self._hand_back_s = hand_back_s
         self.drain_rate = DrainRate()
+        self.window_factor = 1.0  # of the scheduler's window: less while memory is short
         self._waiting: dict[JobId, HeldJob] = {}
         self._running: dict[JobId, HeldJob] = {}
         self._job_tasks: dict[JobId, asyncio.Task[None]] = {}
@@ -168,7 +169,7 @@ class Runner:
 
     def _decide(self, engine: Engine, tasks: asyncio.TaskGroup) -> float | None:
         now_s = time.monotonic()
-        load = EngineLoad(kv_cache_used=engine.load().kv_cache_used)
+        load = EngineLoad(kv_cache_used=engine.load().kv_cache_used, window_factor=self.window_factor)
         decision = self._scheduler.decide(now_s, self._backlog, load)
         for job_id in decision.preempt:
             self._stop_running(job_id, "preempted")

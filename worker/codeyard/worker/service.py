@@ -34,6 +34,8 @@ from codeyard.worker.engines.port import Engine, EngineInfo
 from codeyard.worker.engines.select import start_engine
 from codeyard.worker.leases import LeaseKeeper
 from codeyard.worker.line import Line, Plant
+from codeyard.worker.memory_profile import MemoryProfile
+from codeyard.worker.memory_watch import MemorySampler, MemoryWatch
 from codeyard.worker.patience import persist
 from codeyard.worker.rollouts import Rollouts
 from codeyard.worker.station import Station
@@ -110,7 +112,8 @@ class Worker:
             on_lost=self._lose,
             on_cancel=self._cancel,
         )
-        plant = Plant(settings, broker, store, topology, metrics, self._leases, self._owner)
+        self._profile = MemoryProfile.of(settings.worker)
+        plant = Plant(settings, broker, store, topology, metrics, self._leases, self._owner, self._profile.job_ended)
         self._station = Station(plant, cache, catalogue, self._opened)
         self._rollouts = Rollouts(
             store,
@@ -140,6 +143,8 @@ class Worker:
                         tasks.create_task(settle_dropped(self._broker, self._store, self._topology, stop)),
                         tasks.create_task(self._rollouts.run(), name="rollouts"),
                         tasks.create_task(self._tell(), name="notices"),
+                        tasks.create_task(self._watch_memory(), name="memory"),
+                        tasks.create_task(self._profile.run(), name="memory profile"),
                     ]
                     await self._station.run(stop)
                     for task in keeping:
@@ -180,6 +185,11 @@ class Worker:
             notice = Notice(self._owner, self._engine, self._station.notices(), dict(self._rollouts.reports))
             await persist(lambda: self._store.announce(self._owner, notice.encode(), ttl_s=TTL_S))  # noqa: B023 - awaited
             await asyncio.sleep(TELL_S)
+
+    async def _watch_memory(self) -> None:
+        worker = self._settings.worker
+        sampler = MemorySampler(worker.memory_limit, worker.device_memory_limit)
+        await MemoryWatch(sampler, self._metrics).watch(self._station.constrain)
 
     async def _withdraw(self) -> None:
         """Nobody shall count on it any more; if the store is away its notice ends by itself."""

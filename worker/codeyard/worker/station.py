@@ -25,6 +25,7 @@ from codeyard.worker.cache.model_cache import Lease, ModelCache, ModelSpec, Tier
 from codeyard.worker.catalogue import Catalogue, Served
 from codeyard.worker.engines.port import Engine
 from codeyard.worker.line import Line, Plant
+from codeyard.worker.memory_watch import MemoryDecision
 from codeyard.worker.patience import persist
 from codeyard.worker.scheduling.placement import STARVATION_S, ModelState, Placement, place
 
@@ -100,6 +101,7 @@ class Station:
         self._transitions = Transitions()
         self._preloading: tuple[str, asyncio.Task[None]] | None = None
         self._preparing: dict[str, Served] = {}  # what rollouts load: room is made for it
+        self._allowed = MemoryDecision()
         self._ever_open = False
         self._changed = asyncio.Event()
 
@@ -136,6 +138,14 @@ class Station:
     def cancel(self, job_id: JobId) -> None:
         for line in self.lines():
             line.cancel(job_id)
+
+    async def constrain(self, decision: MemoryDecision) -> None:
+        """What memory allows from now on: narrower windows, no new jobs, no engines that nobody uses."""
+        self._allowed = decision
+        for line in self.lines():
+            line.constrain(decision)
+        if decision.evict_idle:
+            await self._cache.evict_idle()
 
     def lines(self) -> list[Line]:
         return [post.line for post in self._posts.values() if post.line is not None]
@@ -285,6 +295,7 @@ class Station:
             leased = LeasedEngine(self._cache, spec, lease, f"line {served.alias}")
             try:
                 post.line = Line(self._plant, served, leased, watched.queues, watched.backlog)
+                post.line.constrain(self._allowed)
                 post.since_s = time.monotonic()
                 self._ever_open = True
                 await post.line.serve(post.stop, self._on_open)

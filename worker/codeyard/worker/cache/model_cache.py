@@ -198,6 +198,12 @@ class ModelCache:
             if not handle.leases:
                 await self._close(handle)
 
+    async def evict_idle(self) -> None:
+        """Close every engine without a lease, those asleep too: the host's memory is short."""
+        for revision, handle in list(self._kept.items()):
+            if not handle.leases:
+                await self.evict(revision)
+
     def tier(self, revision: str) -> Tier:
         """Where its weights are now."""
         handle = self._alive.get(revision)

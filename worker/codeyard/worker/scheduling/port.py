@@ -42,6 +42,7 @@ class EngineLoad:
     """What the caller knows of the engine when it asks."""
 
     kv_cache_used: float | None = None  # 0..1, where the engine tells
+    window_factor: float = 1.0  # of the window, above 0 and up to 1: less while memory is short
 
 
 class Scheduler(Protocol):

@@ -76,7 +76,7 @@ class WeightedLanes:
             left_s = self._linger_left(now_s, backlog)
             if left_s > 0:
                 return Decision(wake_in_s=left_s)
-        return self._admit_lanes(now_s)
+        return self._admit_lanes(now_s, max(1, int(self._slots * load.window_factor)))
 
     def _admit_suspects(self, now_s: float) -> Decision:
         """Wait until the engine is empty, then give it to one group of them."""
@@ -85,9 +85,9 @@ class WeightedLanes:
         self._apart = True
         return self._admitted([job.job_id for job in self._suspects.take_group()], now_s)
 
-    def _admit_lanes(self, now_s: float) -> Decision:
+    def _admit_lanes(self, now_s: float, window: int) -> Decision:
         admitted: list[JobId] = []
-        while len(self._running) + len(admitted) < self._slots:
+        while len(self._running) + len(admitted) < window:
             with_work = [lane for lane, waiting in self._lanes.items() if waiting]
             if not with_work:
                 break
