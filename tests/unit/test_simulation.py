@@ -1,6 +1,7 @@
 """The simulator: the engine model against its measurement, the fleet's bookkeeping, traces, reports, the command."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from codeyard.worker.simulation.cli import simulate
 from codeyard.worker.simulation.compare import simulate_one, simulate_replay
 from codeyard.worker.simulation.engine import NEVER, SimEngine, SimJob
 from codeyard.worker.simulation.latency import LatencyTable, load_table
+from codeyard.worker.simulation.many import Task, sources
 from codeyard.worker.simulation.metrics import Histogram, LaneStats, RunStats
 from codeyard.worker.simulation.plan import Loss
 from codeyard.worker.simulation.policies import known_policies, policy
@@ -368,3 +370,62 @@ def test_the_command_lists_and_calibrates() -> None:
 
     assert all(name in listed for name in [*load_scenarios().traces, *known_policies()])
     assert [row["window"] for row in calibrated] == [1, 4, 16, 64, 256, 512]
+
+
+def test_a_kept_run_is_not_made_again_and_others_are(tmp_path: Path) -> None:
+    """A long comparison goes on where it stopped: the second answer holds the first one's runs, timing and all."""
+    asked = [*SMALL, "--json", "--keep", str(tmp_path)]
+    first = json.loads(CliRunner().invoke(simulate, [*asked, "--policy", "fixed-64"]).stdout)
+    again = json.loads(CliRunner().invoke(simulate, [*asked, "--policy", "fixed-64", "--policy", "aimd"]).stdout)
+
+    assert again["runs"][0] == first["runs"][0]
+    assert [run["policy"] for run in again["runs"]] == ["fixed-64", "aimd"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_runs_in_several_processes_are_those_of_one(tmp_path: Path) -> None:
+    """In the order they were asked for, whichever ends first."""
+
+    def runs(*more: str) -> list[dict[str, object]]:
+        asked = [*SMALL, "--json", "--policy", "adaptive", "--policy", "fixed-8", *more]
+        found: list[dict[str, object]] = json.loads(CliRunner().invoke(simulate, asked).stdout)["runs"]
+        return [{name: value for name, value in run.items() if name != "simulated_in_s"} for run in found]
+
+    assert runs() == runs("--processes", "2")
+
+
+def test_what_is_left_is_said_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log of an hour's run says how far it is."""
+    monkeypatch.setattr("codeyard.worker.simulation.cli.SAY_EVERY_S", 0.0)
+
+    answer = CliRunner().invoke(simulate, [*SMALL, "--policy", "fixed-8", "--policy", "fixed-64", "--json"])
+
+    assert "1 of 2 runs" in answer.stderr
+    assert "2 of 2 runs" in answer.stderr
+
+
+def test_a_runs_key_follows_its_own_policy_and_all_that_it_imports() -> None:
+    """A change to ours makes ours again, and leaves the others'; a change to the simulator makes all again."""
+    ours, fixed = (set(sources(f"codeyard.worker.scheduling.{name}")) for name in ("adaptive", "weighted"))
+
+    assert {"codeyard.worker.scheduling.tenants", "codeyard.worker.scheduling.select"} <= ours
+    assert "codeyard.worker.scheduling.adaptive" not in fixed
+    for common in ("simulation.fleet", "simulation.engine", "simulation.policies", "scheduling.lanes"):
+        assert f"codeyard.worker.{common}" in ours & fixed
+
+
+def test_a_runs_key_holds_everything_it_was_asked_with(table: LatencyTable, steady: Trace) -> None:
+    """A result is never taken for that of another run."""
+    task = Task("steady", steady, table, "adaptive", 2, 0.9, 100, 1)
+    others = [
+        replace(task, seed=2),
+        replace(task, policy="fixed-8"),
+        replace(task, load=0.8),
+        replace(task, jobs=101),
+        replace(task, losses=(Loss(1.0, 1),)),
+        replace(task, trace=steady.model_copy(update={"promises": {}})),
+        replace(task, table=replace(table, prefill_s=2 * table.prefill_s)),
+    ]
+
+    assert len({task.key(), *(other.key() for other in others)}) == 1 + len(others)
+    assert replace(task).key() == task.key()

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from codeyard.worker.simulation.calibrate import calibrate
 from codeyard.worker.simulation.checks import Check, calibration, flood, greedy
 from codeyard.worker.simulation.compare import simulate_replay
 from codeyard.worker.simulation.latency import LatencyTable, load_table
-from codeyard.worker.simulation.many import Task, run_many
+from codeyard.worker.simulation.many import Task, kept_runs, run_many
 from codeyard.worker.simulation.metrics import RunStats
 from codeyard.worker.simulation.plan import Loss
 from codeyard.worker.simulation.policies import OURS, known_policies
@@ -37,6 +38,7 @@ from codeyard.worker.simulation.report import (
 from codeyard.worker.simulation.traces import Scenarios, Trace, load_scenarios, replay
 
 SCALE_WORKERS, SCALE_JOBS = 1_000, 1_000_000
+SAY_EVERY_S = 30.0  # without a terminal
 PLAIN_WIDTH = 160  # columns, where the output is no terminal
 MOST_ROWS = 60  # runs printed one by one
 MOST_DETAILED = 12  # and lane by lane
@@ -113,7 +115,8 @@ fleet finishes with every slot full.
 @click.option(
     "--keep",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep each run in this folder as it ends; the same run is not made twice, so a comparison can go on later.",
+    help="Keep each run in this folder as it ends. A run is made again only if what decides it has changed, "
+    "so a comparison can go on later.",
 )
 @click.option("--list", "only_list", is_flag=True, help="List traces and policies, and end.")
 def simulate(
@@ -184,8 +187,10 @@ def run(
             for name, load, seed, policy_name in keys
             if not name.endswith(".csv")
         ]
-        found_runs: dict[int, RunStats] = {}
-        for place, stats in run_many(tasks, processes=processes, keep=keep, begins=progress.starts):
+        found_runs = kept_runs(tasks, keep) if keep is not None else {}
+        progress.kept(len(found_runs))
+        left = {place: task for place, task in enumerate(tasks) if place not in found_runs}
+        for place, stats in run_many(left, processes=processes, keep=keep, begins=progress.starts):
             found_runs[place] = stats
             progress.ended()
         runs += [found_runs[place] for place in range(len(tasks))]
@@ -329,24 +334,44 @@ def _loss(text: str) -> Loss:
 
 
 class _Bar:
-    """Progress over runs, and within one."""
+    """Progress over runs, and within one. Without a terminal, a line on standard error now and then."""
 
     def __init__(self, progress: Progress, runs: int) -> None:
         self._progress = progress
         self._runs = progress.add_task("", total=runs)
+        self._total = runs
         self._ended = 0
+        self._made = 0  # of them, in this process
+        self._began_s = self._said_s = time.monotonic()
 
     def starts(self, name: str) -> Callable[[float], None]:
-        self._progress.update(self._runs, description=name)
+        self._progress.update(self._runs, description=name + self._left())
 
         def tick(share: float) -> None:
             self._progress.update(self._runs, completed=self._ended + min(1.0, share))
 
         return tick
 
+    def kept(self, runs: int) -> None:
+        """So many were made before and say nothing about how long the others take."""
+        self._ended += runs
+        self._progress.update(self._runs, completed=self._ended)
+
     def ended(self) -> None:
         self._ended += 1
+        self._made += 1
         self._progress.update(self._runs, completed=self._ended)
+        now_s = time.monotonic()
+        if self._progress.disable and now_s - self._said_s >= SAY_EVERY_S:
+            self._said_s = now_s
+            click.echo(f"{self._ended} of {self._total} runs{self._left()}", err=True)
+
+    def _left(self) -> str:
+        """How long the runs to come will take, at the pace of those made."""
+        if not self._made:
+            return ""
+        left_s = (time.monotonic() - self._began_s) / self._made * (self._total - self._ended)
+        return f", {left_s / 60:.0f} min left" if left_s >= 60 else ""
 
 
 def _console(as_json: bool) -> Console:
