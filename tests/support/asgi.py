@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from fastapi import FastAPI
@@ -11,12 +11,14 @@ from fastapi import FastAPI
 from codeyard.producer.gateway.app import Probe, create_app
 from codeyard.producer.gateway.auth import Authenticator, Development
 from codeyard.producer.gateway.limits import Limits, States
+from codeyard.shared.alias import Alias
 from codeyard.shared.errors import JobNotFound, ResultTimeout
 from codeyard.shared.job import JobId, Lane, job_id_for_key
 from codeyard.shared.limits.rules import GiveBack, Level, Live, Take, Taken, Verdict, take
+from codeyard.shared.notice import ModelNotice, Notice
 from codeyard.shared.record import Event, JobStatus, State
 from codeyard.shared.settings import GatewaySettings, LimitSettings
-from codeyard.shared.store.port import CancelVerdict
+from codeyard.shared.store.port import CancelVerdict, Store
 from codeyard.shared.telemetry import Metrics
 
 JOB_ID = job_id_for_key("default", "key-1")
@@ -156,9 +158,27 @@ async def _up() -> str:
     return "test 1.0"
 
 
+class MadeUpModels:
+    """As much of a store as the admin routes ask for: two aliases, one worker that told nothing of rollouts."""
+
+    def __init__(self) -> None:
+        self.known = {"tiny": Alias("tiny", "tiny-1", 2_048), "other": Alias("other", "other-1")}
+
+    async def aliases(self) -> Mapping[str, Alias]:
+        return dict(self.known)
+
+    async def swap_alias(self, expected: Alias | None, new: Alias) -> Alias:
+        self.known[new.name] = new
+        return new
+
+    async def notices(self) -> Mapping[str, str]:
+        return {"w": Notice("w", "fake", (ModelNotice("tiny", "tiny-1", "awake", serving=True),)).encode()}
+
+
 def app_over(
     jobs: MadeUpJobs,
     *,
+    models: MadeUpModels | None = None,
     auth: Authenticator | None = None,
     limits: Limits | None = None,
     open_metrics: bool = True,
@@ -172,6 +192,7 @@ def app_over(
         GatewaySettings(**settings),
         auth=auth or Development(),
         limits=limits or limits_over(LimitSettings()),
+        store=cast(Store, models or MadeUpModels()),
         open_metrics=open_metrics,
         probes=probes if probes is not None else {"broker": _up, "store": _up},
         metrics=Metrics(),

@@ -14,8 +14,9 @@ from codeyard.cli.options import EXIT_FAILED, connection, one_line_errors, setti
 from codeyard.shared.alias import Alias, Phase, Rollout
 from codeyard.shared.connect import open_store
 from codeyard.shared.envelope import new_nonce
+from codeyard.shared.model_view import model_view
 from codeyard.shared.notice import Notice, fleet, reports_of
-from codeyard.shared.rollout import Readiness, begin, change, promote, roll_back, waits_for
+from codeyard.shared.rollout import begin, change, promote, roll_back, waits_for
 from codeyard.shared.settings import Settings
 from codeyard.shared.store.port import Store
 from codeyard.shared.topology import Topology
@@ -53,7 +54,7 @@ def models(ctx: click.Context, /, as_json: bool, **where: Any) -> None:
     async def show(settings: Settings, store: Store) -> None:
         aliases, notices = await store.aliases(), await fleet(store)
         if as_json:
-            click.echo(json.dumps([_document(alias, notices) for _, alias in sorted(aliases.items())]))
+            click.echo(json.dumps([model_view(alias, notices) for _, alias in sorted(aliases.items())]))
         elif not aliases:
             click.echo("no models yet: start a worker, e.g. codeyard worker --model coder=/models/coder")
         else:
@@ -101,7 +102,7 @@ def status(alias: str, as_json: bool, **where: Any) -> None:
     async def run(settings: Settings, store: Store) -> None:
         found, notices = await change(store, alias, lambda now: now), await fleet(store)
         if as_json:
-            click.echo(json.dumps(_document(found, notices)))
+            click.echo(json.dumps(model_view(found, notices)))
             return
         click.echo(_sentence(found))
         reports = reports_of(notices, alias)
@@ -183,30 +184,6 @@ def _told(rollout: Rollout, new: str) -> str:
             return f"failed, all jobs go to {old}: {rollout.reason}"
         case Phase.ROLLED_BACK:
             return f"rolled back ({rollout.reason}); new jobs go to {old}"
-
-
-def _document(alias: Alias, notices: list[Notice]) -> dict[str, Any]:
-    rollout = alias.rollout
-    workers = [
-        {"worker": notice.owner, "revision": one.revision, "tier": one.tier, "serving": one.serving}
-        for notice in notices
-        for one in notice.models
-        if one.alias == alias.name.partition("@")[0]
-    ]
-    document: dict[str, Any] = {"alias": alias.name, "revision": alias.revision, "workers": workers}
-    if rollout is not None:
-        reports = reports_of(notices, alias.name)
-        document["rollout"] = {
-            "phase": rollout.phase,
-            "old": rollout.old.revision,
-            "new": rollout.new.revision if rollout.new else None,
-            "location": rollout.location,
-            "percent": rollout.percent,
-            "reason": rollout.reason,
-            "ready": [n for n, r in reports.items() if r is not None and r.readiness is Readiness.READY],
-            "waits_for": waits_for(alias, reports),
-        }
-    return document
 
 
 def _print_table(aliases: Mapping[str, Alias], notices: list[Notice]) -> None:

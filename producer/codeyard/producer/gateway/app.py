@@ -5,6 +5,7 @@
     GET    /v1/jobs/{id}         status and result; `Prefer: wait=N` waits for the end
     GET    /v1/jobs/{id}/events  server-sent events, resumed with Last-Event-ID
     DELETE /v1/jobs/{id}         cancel
+           /v1/admin/models...   see models_admin.py
     GET    / /docs /openapi.json /healthz /readyz /metrics
 
 The first five ask who is calling, and show each caller the jobs of its own tenant: a handler of theirs gets
@@ -32,6 +33,7 @@ from codeyard.producer.gateway.auth import Authenticator
 from codeyard.producer.gateway.edge import CALLER, Edge
 from codeyard.producer.gateway.jobs import Jobs
 from codeyard.producer.gateway.limits import Limits, openai_headers
+from codeyard.producer.gateway.models_admin import ModelsAdmin
 from codeyard.producer.gateway.openapi import describe
 from codeyard.producer.gateway.pages import landing_page, reference_page
 from codeyard.producer.gateway.problems import Refused, kind_of, problem, problem_of
@@ -43,6 +45,7 @@ from codeyard.shared.errors import BrokerUnavailable, FleetError, ResultTimeout,
 from codeyard.shared.job import JobId
 from codeyard.shared.record import JobStatus
 from codeyard.shared.settings import GatewaySettings
+from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -65,11 +68,12 @@ def create_app(
     probes: Mapping[str, Probe],
     metrics: Metrics,
     stopping: asyncio.Event,
+    store: Store | None = None,
     open_metrics: bool = True,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> FastAPI:
-    """The app. `open_metrics`: /metrics needs no credentials. `probes` are asked by /readyz; `stopping` ends waits
-    and streams, so that callers go elsewhere."""
+    """The app. `store`: serve the admin routes on it. `open_metrics`: /metrics needs no credentials. `probes` are
+    asked by /readyz; `stopping` ends waits and streams, so that callers go elsewhere."""
     app = FastAPI(title="codeyard", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Edge, metrics=metrics)
     _answer_errors(app)
@@ -103,6 +107,15 @@ def create_app(
         ("/metrics", "GET", operations.exposition if open_metrics else for_callers(Scope.ADMIN, metrics_for_callers)),
     ):
         app.router.add_route(path, handler, methods=[method])
+    if store is not None:
+        models = ModelsAdmin(store)
+        for path, method, admin_handler in (
+            ("/v1/admin/models", "GET", models.models),
+            ("/v1/admin/models/{alias}", "GET", models.model),
+            ("/v1/admin/models/{alias}/rollout", "POST", models.rollout),
+            ("/v1/admin/models/{alias}/rollback", "POST", models.rollback),
+        ):
+            app.router.add_route(path, for_callers(Scope.ADMIN, admin_handler), methods=[method])
     return app
 
 

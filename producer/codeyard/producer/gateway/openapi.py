@@ -72,6 +72,22 @@ PROBLEM = {
     "field": "sampling.temperature",
     "errors": [{"field": "sampling.temperature", "detail": "Input should be less than or equal to 2"}],
 }
+MODEL = {
+    "alias": "coder",
+    "revision": "coder-3f9a1c20",
+    "workers": [{"worker": "gpu-1:17:9f0e5d0f", "revision": "coder-3f9a1c20", "tier": "awake", "serving": True}],
+    "rollout": {
+        "phase": "prepare",
+        "old": "coder-3f9a1c20",
+        "new": None,
+        "location": "/models/coder-v2",
+        "percent": 10,
+        "reason": "",
+        "ready": [],
+        "waits_for": ["gpu-1:17:9f0e5d0f"],
+    },
+}
+EXAMPLES = {"rollout": {"location": "/models/coder-v2", "percent": 10}, "rollback": {"reason": "worse answers"}}
 READY = {"status": "ready", "broker": "rabbitmq 4.0.5", "store": "redis 8.0.2"}
 SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key (`cy_...`) or a JSON Web Token."},
@@ -95,6 +111,7 @@ def describe() -> dict[str, Any]:
             "/v1/jobs": {"post": _submit(), "get": _recent()},
             "/v1/jobs/{job_id}": {"get": _status(), "delete": _cancel()},
             "/v1/jobs/{job_id}/events": {"get": _events()},
+            **_admin(),
             "/healthz": {
                 "get": _operation("health", "Is the process alive?", {"200": _json("Yes.", {"status": "ok"})})
             },
@@ -254,6 +271,44 @@ def _events() -> dict[str, Any]:
 
 
 # Pieces --------------------------------------------------------------------------------------------
+
+
+def _admin() -> dict[str, Any]:
+    one = {"200": _json("The model, its workers and its rollout.", MODEL)}
+    body = {
+        "rollout": {"location": {"type": "string"}, "percent": {"type": "integer", "minimum": 1, "maximum": 100}},
+        "rollback": {"reason": {"type": "string", "maxLength": 500}},
+    }
+    alias = {
+        "name": "alias",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string"},
+        "description": "Of a model.",
+    }
+
+    def operation(name: str, summary: str, responses: dict[str, Any], *kinds: str, **more: Any) -> dict[str, Any]:
+        problems = _problems(*kinds, *CALLER_PROBLEMS)
+        return _for_callers(Scope.ADMIN, name, summary, {**responses, **problems}, **more)
+
+    def changing(name: str, what: str, summary: str) -> dict[str, Any]:
+        content = {
+            "application/json": {"schema": {"type": "object", "properties": body[what]}, "example": EXAMPLES[what]}
+        }
+        kinds = ("malformed-json", "unknown-model", "rollout-refused", "too-large", "invalid-job")
+        return operation(name, summary, one, *kinds, parameters=[alias], requestBody={"content": content})
+
+    path = "/v1/admin/models"
+    return {
+        path: {"get": operation("models", "Every model", {"200": _json("All of them.", {"models": [MODEL]})})},
+        f"{path}/{{alias}}": {"get": operation("model", "One model", one, "unknown-model", parameters=[alias])},
+        f"{path}/{{alias}}/rollout": {
+            "post": changing("rollout", "rollout", "Begin a rollout, or give the one under way another share")
+        },
+        f"{path}/{{alias}}/rollback": {
+            "post": changing("rollback", "rollback", "All new jobs to the revision before, at once")
+        },
+    }
 
 
 def _operation(name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -73,6 +73,7 @@ async def _serve(
         client,
         settings,
         auth=access.auth,
+        store=client.store,
         limits=access.limits,
         open_metrics=everything.auth.open_metrics,
         probes={"broker": broker.ping, "store": client.store.ping},
