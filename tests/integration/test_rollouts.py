@@ -189,9 +189,10 @@ async def test_the_commands_tell_what_happens(backend: Backend) -> None:
     """As an operator does it, in a terminal."""
     settings = settings_of(backend)
     where = ("--broker", backend.broker_url, "--store", backend.store_url, "--namespace", backend.namespace)
-    async with worker_task(settings):
+    async with worker_task(settings), AsyncClient(settings=settings) as client:
         listed = await command("models", *where)
         done = await command("models", "rollout", "coder", "--to", "org/coder-2", *where)
+        await reached(client, Phase.DONE)
         refused = await command("models", "rollout", "coder", "--to", "org/fails", *where, status=1)
         state = await command("models", "status", "coder", *where)
         back = await command("models", "rollback", "coder", *where, status=1)

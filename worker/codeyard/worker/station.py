@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5  # how stale the backlog that scheduler and placement see may be
 REFUSED_S = 30.0  # a model that did not load is not tried again for this long
 ROOM_S = 60.0  # a line waits for room this long: lines that must close first are draining
+QUIET_S = 5.0  # longer than producers keep an alias (submission.ALIAS_TTL_S)
 DISK_S, SLEEP_S = 30.0, 2.0  # to get a model ready, before it was measured here
 
 
@@ -102,6 +103,7 @@ class Station:
         self._preloading: tuple[str, asyncio.Task[None]] | None = None
         self._preparing: dict[str, Served] = {}  # what rollouts load: room is made for it
         self._allowed = MemoryDecision()
+        self._quiet_since_s: dict[str, float] = {}  # by revision that a rollout drains
         self._ever_open = False
         self._changed = asyncio.Event()
 
@@ -175,14 +177,17 @@ class Station:
             del self._preparing[served.revision]
 
     async def has_work(self, target: Target) -> bool:
-        """Whether a job pinned to it may wait at the broker (in a delay queue it cannot be told whose it is),
-        or be in hand here."""
+        """Whether a job pinned to it may wait at the broker (in a delay queue it cannot be told whose it is), or
+        be in hand here, or was within `QUIET_S`: a producer may not have heard yet that the alias moved."""
         post = self._posts.get(target.revision)
-        if post is not None and (post.line is None or post.line.num_jobs):
-            return True
         queues = [name for names in self._plant.queues_of(target.revision).values() for name in names]
         queues += [self._plant.topology.delay_queue(step) for step in DELAY_STEPS_S]
-        return any(await persist(lambda: self._plant.broker.depth(queues)))
+        busy = post is not None and (post.line is None or post.line.num_jobs > 0)
+        if busy or any(await persist(lambda: self._plant.broker.depth(queues))):
+            self._quiet_since_s.pop(target.revision, None)
+            return True
+        now_s = time.monotonic()
+        return now_s - self._quiet_since_s.setdefault(target.revision, now_s) < QUIET_S
 
     # Looking and deciding --------------------------------------------------------------------------
 
@@ -213,7 +218,7 @@ class Station:
         models = {
             revision: self._state(self._watched[revision], served, now_s)
             for revision, served in self._known().items()
-            if self._watched[revision].refused_until_s <= now_s
+            if revision in self._watched and self._watched[revision].refused_until_s <= now_s
         }
         placement = place(
             models,
