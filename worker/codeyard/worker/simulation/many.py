@@ -8,13 +8,14 @@ of this run's policy. So after a change to one policy only its runs are made aga
 import ast
 import hashlib
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from codeyard.shared.settings import AdmissionSettings
 from codeyard.worker.simulation.compare import simulate_one
@@ -33,6 +34,9 @@ DECIDING = (
 )
 # These import every policy there is, so they are read and not followed: the run's own policy is.
 CHOOSING = ("codeyard.worker.simulation.policies", "codeyard.worker.scheduling.select")
+
+
+_STATS = TypeAdapter(RunStats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def kept_runs(tasks: Sequence[Task], keep: Path) -> dict[int, RunStats]:
     for place, task in enumerate(tasks):
         path = _file(keep, task)
         if path.is_file():
-            found[place] = pickle.loads(path.read_bytes())  # noqa: S301 - a folder of the user's own runs
+            found[place] = _STATS.validate_json(path.read_bytes())
     return found
 
 
@@ -99,7 +103,7 @@ def run_many(
 
 
 def _file(keep: Path, task: Task) -> Path:
-    return keep / f"{task.key()}.run"
+    return keep / f"{task.key()}.json"
 
 
 def _run(task: Task, file: Path | None, tick: Callable[[float], None] | None = None) -> RunStats:
@@ -107,7 +111,7 @@ def _run(task: Task, file: Path | None, tick: Callable[[float], None] | None = N
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(pickle.dumps(stats))
+        part.write_bytes(_STATS.dump_json(stats))
         part.replace(file)
     return stats
 

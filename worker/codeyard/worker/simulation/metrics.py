@@ -11,19 +11,17 @@ _GROWTH = math.log(1.02)  # a bucket is 2 % wide, so a quantile is off by at mos
 _LEAST_S = 1e-4
 
 
+@dataclass(slots=True)
 class Histogram:
     """Quantiles of positive seconds, within 1 %."""
 
-    __slots__ = ("_buckets", "count", "total")
-
-    def __init__(self) -> None:
-        self._buckets: dict[int, int] = {}
-        self.count = 0
-        self.total = 0.0
+    buckets: dict[int, int] = field(default_factory=dict)
+    count: int = 0
+    total: float = 0.0
 
     def add(self, value_s: float) -> None:
         bucket = int(math.log(value_s / _LEAST_S) / _GROWTH) if value_s > _LEAST_S else 0
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
         self.count += 1
         self.total += value_s
 
@@ -33,8 +31,8 @@ class Histogram:
             return None
         rank = share * (self.count - 1)
         seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
+        for bucket in sorted(self.buckets):
+            seen += self.buckets[bucket]
             if seen > rank:
                 return _LEAST_S * math.exp(_GROWTH * (bucket + 0.5)) if bucket else _LEAST_S
         raise AssertionError("a histogram counts every value it holds")
