@@ -1,4 +1,4 @@
-"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, keys, models, simulate."""
+"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, keys, models, doctor, simulate."""
 
 import importlib
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "jobs": ("codeyard.cli.jobs", "jobs"),
     "keys": ("codeyard.cli.keys", "keys"),
     "models": ("codeyard.cli.models", "models"),
+    "doctor": ("codeyard.cli.doctor", "doctor"),
     "simulate": ("codeyard.worker.simulation.cli", "simulate"),
 }
 
@@ -43,6 +44,7 @@ def main() -> None:
       codeyard demo                     the main job, start to end
       codeyard up                       gateway and worker, embedded
       codeyard submit 'def add(a, b):'  a job; then: codeyard result ID
+      codeyard doctor                   what is wrong here, and the way out
 
     On a fleet, set CODEYARD_BROKER_URL=amqp://... and CODEYARD_STORE_URL=redis://... (or --broker,
     --store, or codeyard.yaml); nothing else changes.
