@@ -5,17 +5,22 @@ import inspect
 import os
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 import pytest_asyncio
 from support import engines
 from support.engines import EngineContract, job, run
 
-from codeyard.shared.errors import EngineUnavailable
+from codeyard.shared import engine_args
+from codeyard.shared.errors import EngineUnavailable, JobFailed
 from codeyard.shared.job import Lane
+from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource, parse_model
-from codeyard.worker.engines.port import Engine
+from codeyard.worker.engines.port import Adapter, Engine
 from codeyard.worker.engines.vllm_engine import VllmEngine
+from codeyard.worker.engines.vllm_load import arguments_of
 
 vllm = pytest.importorskip("vllm")
 pytestmark = [
@@ -71,12 +76,76 @@ async def test_the_load_tells_of_the_kv_cache(engine: Engine) -> None:
     assert 0 < load.kv_cache_used < 1
 
 
+async def test_what_it_holds_is_measured_in_its_processes(engine: Engine) -> None:
+    """On a CPU its device is the host: weights and KV cache, 1 GiB unless told otherwise."""
+    memory = await engine.memory()
+    assert set(engine.pids()) <= engines.processes()
+    assert len(engine.pids()) >= 2  # the EngineCore and its worker
+    assert 2**30 < memory.host_bytes == memory.device_bytes < 8 * 2**30
+
+
+async def test_on_a_cpu_it_does_not_sleep_and_says_so(engine: Engine) -> None:
+    """vLLM's CPU worker only writes a warning, and keeps its memory."""
+    assert not engine.info.can_sleep
+    with pytest.raises(EngineUnavailable, match="vllm cannot sleep on cpu"):
+        await engine.sleep()
+    await engine.wake()
+    assert await run(engine, job("awake"))
+
+
+async def test_without_adapters_it_refuses_the_job_and_says_how(engine: Engine) -> None:
+    """It must not answer with the model alone."""
+    with pytest.raises(JobFailed, match="CODEYARD_ENGINE_ENABLE_LORA"):
+        await run(engine, job("adapted", adapter=Adapter("sql", "/adapters/sql")))
+
+
 async def test_a_broken_model_says_what_is_wrong(tmp_path: object) -> None:
     """At start, in words for a person, and without a process left."""
     before = engines.processes()
     with pytest.raises(EngineUnavailable, match="vllm cannot load"):
         await VllmEngine.start(ModelSource("x", str(tmp_path), "x-1"), engines.SETTINGS)
     assert not engines.left(before)
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({"engine_args": {"block_size": "wide"}}, "block_size"),
+        ({"quantization": "3bit"}, "3bit"),
+        ({"load_format": "telepathy"}, "telepathy"),
+    ],
+)
+async def test_a_value_that_vllm_refuses_is_named(changes: dict[str, Any], said: str) -> None:
+    """Names are checked when the settings are read, values only by vLLM."""
+    before = engines.processes()
+    with pytest.raises(EngineUnavailable, match=said):
+        await VllmEngine.start(parse_model("starter"), engines.SETTINGS.model_copy(update=changes))
+    assert not engines.left(before)
+
+
+async def test_an_engine_is_started_as_the_settings_say(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them vLLM's own words, and a model's KV cache, which the environment of all models must not undo."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    caplog.set_level("INFO")
+    own = {"kv_cache_memory_bytes": 2**28, "load_format": "dummy"}
+    vllms = {"enable_chunked_prefill": True, "max_num_batched_tokens": 96, "seed": 5}
+    loaded = await VllmEngine.start(
+        parse_model("starter"), engines.SETTINGS.model_copy(update={**own, "engine_args": vllms})
+    )
+    config = loaded._llm.vllm_config
+    assert config.cache_config.kv_cache_memory_bytes == 2**28
+    assert config.load_config.load_format == "dummy"
+    assert (config.scheduler_config.max_num_batched_tokens, config.model_config.seed) == (96, 5)
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    [told] = [record for record in caplog.records if record.message == "engine_cannot_sleep"]
+    assert "no sleep mode on cpu" in vars(told)["reason"]
+
+    long = await run(loaded, job("long prompt", tuple(range(5, 205)), max_tokens=4))  # more than a step's tokens
+
+    assert long[-1].prompt_tokens == 200
+    await loaded.close()
 
 
 @pytest.mark.long
@@ -161,15 +230,29 @@ async def test_what_is_called_of_vllm_is_there() -> None:
     """A new version that renames something must fail here, with its name, and not at three in the morning."""
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.envs import environment_variables
     from vllm.exceptions import VLLMClientError
+    from vllm.lora.request import LoRARequest
+    from vllm.model_executor.model_loader import LoadFormats
+    from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import BackgroundResources
     from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.loggers import StatLoggerBase
     from vllm.v1.metrics.stats import SchedulerStats
 
-    assert {"prompt", "sampling_params", "request_id", "priority"} <= names_of(AsyncLLM.generate)
+    assert {"prompt", "sampling_params", "request_id", "lora_request", "priority"} <= names_of(AsyncLLM.generate)
+    assert {"level", "mode"} <= names_of(AsyncLLM.sleep)
+    assert callable(AsyncLLM.wake_up)
+    assert "lora_request" in names_of(AsyncLLM.add_lora)
+    assert "lora_id" in names_of(AsyncLLM.remove_lora)
+    assert {"lora_name", "lora_int_id", "lora_path"} <= set(LoRARequest.__struct_fields__)
+    assert "ctx" in names_of(BackgroundResources)
+    assert {"VLLM_RPC_BASE_PATH", "VLLM_CPU_KVCACHE_SPACE"} <= set(environment_variables)
+    assert {"auto", "dummy", "safetensors", "runai_streamer"} <= set(get_args(LoadFormats))
+    assert callable(current_platform.is_sleep_mode_available)
     assert {"engine_args", "stat_loggers"} <= names_of(AsyncLLM.from_engine_args)
     assert "request_id" in names_of(AsyncLLM.abort)
     assert "timeout" in names_of(AsyncLLM.shutdown)
@@ -178,10 +261,9 @@ async def test_what_is_called_of_vllm_is_there() -> None:
     assert "e" in names_of(OutputProcessor.propagate_error)
     assert callable(ModelConfig.get_vocab_size)
     assert callable(ModelConfig.try_get_generation_config)
-    assert {
-        *("model", "max_num_seqs", "scheduling_policy", "dtype", "max_model_len", "gpu_memory_utilization"),
-        *("tensor_parallel_size", "quantization", "enforce_eager", "enable_prefix_caching", "use_tqdm_on_load"),
-    } <= names_of(AsyncEngineArgs)
+    every = EngineSettings(enable_lora=True)
+    ours = arguments_of(parse_model("starter"), every, cpu=True, sleeps=False)
+    assert set(ours) <= names_of(AsyncEngineArgs)
     assert {
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
         *("seed", "max_tokens", "detokenize", "output_kind"),
@@ -191,6 +273,16 @@ async def test_what_is_called_of_vllm_is_there() -> None:
     assert {"num_waiting_reqs", "kv_cache_usage"} <= names_of(SchedulerStats)
     assert issubclass(EngineDeadError, Exception)
     assert issubclass(VLLMClientError, Exception)
+
+
+async def test_the_names_of_engine_arguments_are_those_of_this_vllm() -> None:
+    """Read without importing it; and the list for machines without vLLM is not older than the tests."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    names = {field.name for field in fields(AsyncEngineArgs) if not field.name.startswith("_")}
+    assert engine_args.installed() == names
+    assert names == engine_args.PINNED or vllm.__version__ != "0.32.0"
+    assert set(engine_args.ELSEWHERE) <= names
 
 
 async def _start() -> VllmEngine:

@@ -13,7 +13,7 @@ from support.engines import ids_of, job, run, text_of, write_adapter
 from codeyard.shared.errors import EngineDead, JobFailed
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import parse_model
-from codeyard.worker.engines.port import Adapter, Engine
+from codeyard.worker.engines.port import Adapter
 from codeyard.worker.engines.vllm_engine import VllmEngine
 
 pytest.importorskip("vllm")
@@ -139,12 +139,3 @@ async def test_closing_ends_jobs_that_wait_for_a_place(adapters: list[Adapter]) 
         await engine.close()
         with pytest.raises(EngineDead):
             await waiting
-
-
-async def test_an_engine_without_adapters_refuses_the_job_and_says_how(adapters: list[Adapter]) -> None:
-    """It must not answer with the model alone."""
-    engine: Engine = await VllmEngine.start(parse_model("starter"), engines.SETTINGS)
-    with pytest.raises(JobFailed, match="CODEYARD_ENGINE_ENABLE_LORA"):
-        await run(engine, job("adapted", adapter=adapters[0]))
-    assert await run(engine, job("plain"))
-    await engine.close()

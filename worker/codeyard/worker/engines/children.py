@@ -1,19 +1,23 @@
 """An engine's processes, those below them included, and how to be rid of them: also when this one is killed with -9.
 
-Run as `python -m codeyard.worker.engines.children PID...` it is the reaper: it waits until its stdin
-ends, which the kernel sees to when its parent dies of anything, and then kills those processes. Linux
-only, as is vLLM: a process is held by a pidfd, which never means another one that got its number later.
+Run as `python -m codeyard.worker.engines.children PID... FOLDER...` it is the reaper: it waits until its
+stdin ends, which the kernel sees to when its parent dies of anything, then kills those processes and removes
+those folders. Linux only, as is vLLM: a process is held by a pidfd, which never means another one that got
+its number later.
 """
 
 import asyncio
 import contextlib
 import os
 import select
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+KILL_S = 3.0  # for killed processes to be gone: one that is has given its GPU memory back
 
 
 def descendants(pids: Iterable[int]) -> list[int]:
@@ -76,11 +80,11 @@ class Reaper:
         self._process = process
 
     @classmethod
-    async def start(cls, processes: Processes) -> "Reaper":
+    async def start(cls, processes: Processes, *folders: str) -> "Reaper":
         module = "codeyard.worker.engines.children"
         return cls(
             await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", module, *map(str, processes.pids)),
+                *(sys.executable, "-P", "-m", module, *map(str, processes.pids), *folders),
                 stdin=asyncio.subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C ends the worker, which is what this one waits for
             )
@@ -97,9 +101,13 @@ class Reaper:
 
 
 def main() -> None:
-    processes = Processes(int(argument) for argument in sys.argv[1:])
+    processes = Processes(int(argument) for argument in sys.argv[1:] if argument.isdigit())
     sys.stdin.buffer.read()
     processes.kill()
+    processes.wait(KILL_S)
+    for argument in sys.argv[1:]:
+        if not argument.isdigit():
+            shutil.rmtree(argument, ignore_errors=True)
 
 
 def _has_ended(handle: int, within_s: float = 0.0) -> bool:

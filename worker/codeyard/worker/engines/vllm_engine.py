@@ -19,18 +19,18 @@ from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, Job
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.adapters import AdapterSlots, check_adapter
-from codeyard.worker.engines.children import Processes, Reaper
+from codeyard.worker.engines.children import KILL_S, Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Adapter, Delta, EngineInfo, EngineJob, Load, Memory
+from codeyard.worker.engines.remains import Remains
 from codeyard.worker.engines.vllm_load import Stats, load
 
 log = logging.getLogger(__name__)
 
 PRIORITY = {Lane.INTERACTIVE: 0, Lane.STANDARD: 1, Lane.BULK: 2}
 SHUTDOWN_S = 5.0  # for vLLM to end its processes itself; half of it before it kills them
-KILL_S = 3.0  # for killed processes to be gone: one that is has given its GPU memory back
 
 _loading = asyncio.Lock()  # one at a time: a new child process is known by not having been there before
 
@@ -51,6 +51,7 @@ class VllmEngine:
         self._llm = llm
         self._stats = stats
         self._processes = held.processes
+        self._remains = held.remains
         self._meter = held.meter
         self._reaper = reaper
         self._params = SamplingParams
@@ -93,7 +94,7 @@ class VllmEngine:
             continuous=True,
             can_sleep=bool(llm.model_config.enable_sleep_mode),
         )
-        return cls(llm, info, stats, settings, held, await Reaper.start(held.processes))
+        return cls(llm, info, stats, settings, held, await Reaper.start(held.processes, held.remains.folder))
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_alive()
@@ -175,6 +176,8 @@ class VllmEngine:
         self._asleep = False
 
     async def close(self, *, force: bool = False) -> None:
+        if force and self._closing is None:
+            self._remains.note(self.pids())
         if force:
             self._processes.kill()
         if self._closing is None:
@@ -182,23 +185,15 @@ class VllmEngine:
         await asyncio.shield(self._closing)
 
     async def _shut_down(self) -> None:
-        """End the iterators, ask vLLM to go, then see to it."""
+        """End the iterators, then the engine."""
         llm, self._llm = self._llm, None
         adapters, self._adapters = self._adapters, None  # whose calls lead back here
+        self._remains.note(self.pids())
         if adapters is not None:
             await adapters.close(EngineDead("the vllm engine was closed"))
-        try:
+        with contextlib.suppress(Exception):  # it may be broken in any way
             llm.output_processor.propagate_error(self._dead_error())
-            if llm.output_handler is not None:
-                llm.output_handler.cancel()  # else it logs that the engine died
-                await asyncio.wait([llm.output_handler], timeout=SHUTDOWN_S)
-            async with asyncio.timeout(SHUTDOWN_S):
-                await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_S / 2)
-        except Exception as error:
-            # It may be broken in any way; what counts is that its processes are gone.
-            log.warning("vllm_shutdown_failed", extra={"error": str(error)})
-        llm.shutdown = _nothing  # which its __del__ calls, at the interpreter's exit without the modules it needs
-        await _end(self._processes)
+        await _dismantle(llm, self._processes, self._remains)
         await self._reaper.dismiss()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -303,27 +298,34 @@ class _Held:
     """What an engine has outside of this process."""
 
     processes: Processes
+    remains: Remains
     meter: Meter
 
 
 async def _loaded(source: ModelSource, settings: EngineSettings, stats: Stats) -> tuple[Any, _Held]:
     before = _child_pids()
-    meter = Meter()
-    loading = asyncio.create_task(asyncio.to_thread(load, source, settings, stats), name="load vllm")
+    meter, remains = Meter(), Remains()
+    call = asyncio.to_thread(load, source, settings, stats, remains.folder)
+    loading = asyncio.create_task(call, name="load vllm")
     try:
         async with meter.across():
             llm = await asyncio.shield(loading)
-        return llm, _Held(Processes(_child_pids() - before), meter)
+        return llm, _Held(Processes(_child_pids() - before), remains, meter)
     except BaseException as error:
         # A thread cannot be cancelled, but it ends when the process it waits for does.
         while not loading.done():
-            Processes(_child_pids() - before).kill()
+            processes = Processes(_child_pids() - before)
+            remains.note(processes.pids)
+            processes.kill()
+            processes.forget()
             await asyncio.wait([loading], timeout=0.5)
-        await _end(Processes(_child_pids() - before))
+        made = loading.result() if loading.exception() is None else None
+        await _dismantle(made, Processes(_child_pids() - before), remains)
         if not isinstance(error, Exception):
             raise
         said = str(error)
-    # Not from it: its frames hold what was made of the engine, and whoever remembers this error holds them.
+    # Whoever remembers this error holds its frames: they must not lead to what was made of the engine.
+    del loading, made
     raise EngineUnavailable(f"vllm cannot load {source.location}: {said}")
 
 
@@ -334,15 +336,34 @@ def _end_ids(llm: Any) -> frozenset[int]:
     return frozenset(ends - {None})
 
 
-def _nothing(timeout: float | None = None) -> None:
-    pass
-
-
-async def _end(processes: Processes) -> None:
+async def _dismantle(llm: Any | None, processes: Processes, remains: Remains) -> None:
+    """Ask vLLM to go, then see to it. `llm` is None if there is none yet."""
+    try:
+        if llm is not None and llm.output_handler is not None:
+            llm.output_handler.cancel()  # else it logs that the engine died
+            await asyncio.wait([llm.output_handler], timeout=SHUTDOWN_S)
+        if llm is not None:
+            async with asyncio.timeout(SHUTDOWN_S):
+                await asyncio.to_thread(llm.shutdown, timeout=SHUTDOWN_S / 2)
+    except Exception as error:
+        # It may be broken in any way; what counts is that its processes are gone.
+        log.warning("vllm_shutdown_failed", extra={"error": str(error)})
     processes.kill()
     if not await asyncio.to_thread(processes.wait, KILL_S):
         log.error("vllm_processes_left", extra={"pids": processes.pids})
     processes.forget()
+    if llm is not None:
+        llm.shutdown = _nothing  # which its __del__ calls, at the interpreter's exit without the modules it needs
+        # vLLM closes its sockets on this loop and leaves their context, two threads, to the garbage collector.
+        await asyncio.sleep(0)
+        context = getattr(getattr(llm.engine_core, "resources", None), "ctx", None)
+        if context is not None:
+            await asyncio.to_thread(context.destroy, linger=0)
+    remains.clear()
+
+
+def _nothing(timeout: float | None = None) -> None:
+    pass
 
 
 def _child_pids() -> set[int]:

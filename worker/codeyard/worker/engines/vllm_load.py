@@ -6,8 +6,8 @@ Called by: vllm_engine, in a thread, one load at a time. Nothing of vLLM is impo
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
@@ -19,6 +19,7 @@ ENVIRONMENT = {  # set unless the operator did
     "VLLM_NO_USAGE_STATS": "1",
 }
 START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"  # gone in 0.32, which always spawns
+SOCKETS = "VLLM_RPC_BASE_PATH"
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB; on a CPU vLLM takes it before any argument
 CPU_CACHE_BYTES = 2**30  # without a word of the operator's; vLLM would take `gpu_memory_utilization` of the memory
 
@@ -38,8 +39,9 @@ class Stats:
             self.kv_cache_used = scheduler_stats.kv_cache_usage
 
 
-def load(source: ModelSource, settings: EngineSettings, stats: Stats) -> Any:
-    """An AsyncLLM. Blocks for as long as the model loads. Raises what vLLM raises."""
+def load(source: ModelSource, settings: EngineSettings, stats: Stats, sockets: str) -> Any:
+    """An AsyncLLM. Blocks for as long as the model loads. `sockets` is the folder for its sockets. Raises what
+    vLLM raises."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import vllm.envs
@@ -61,11 +63,14 @@ def load(source: ModelSource, settings: EngineSettings, stats: Stats) -> Any:
         def log_engine_initialized(self) -> None:
             pass
 
+    if settings.load_format != "auto":
+        _check_format(settings.load_format)
     sleeps = settings.sleep_mode and bool(current_platform.is_sleep_mode_available())
     if settings.sleep_mode and not sleeps:
         reason = f"vLLM has no sleep mode on {current_platform.device_type}: an idle model waits on disk only"
         log.info("engine_cannot_sleep", extra={"model": source.location, "reason": reason})
-    with _cache_as_said(settings):
+    # A setting of one model is stronger than the environment of all.
+    with _environment({SOCKETS: sockets, **({CPU_CACHE: None} if settings.kv_cache_memory_bytes else {})}):
         arguments = AsyncEngineArgs(**arguments_of(source, settings, cpu=current_platform.is_cpu(), sleeps=sleeps))
         return AsyncLLM.from_engine_args(arguments, stat_loggers=[Logger])
 
@@ -105,12 +110,28 @@ def _lora_arguments(settings: EngineSettings, *, cpu: bool) -> dict[str, Any]:
     }
 
 
+def _check_format(name: str) -> None:
+    """vLLM does in its own process, where the reason stays. Raises ValueError."""
+    from vllm.model_executor.model_loader import LoadFormats
+
+    if name.lower() not in (known := get_args(LoadFormats)):
+        raise ValueError(f"load format {name!r}: vLLM reads {', '.join(known)}")
+
+
 @contextlib.contextmanager
-def _cache_as_said(settings: EngineSettings) -> Iterator[None]:
-    """A setting of one model is stronger than the environment of all."""
-    held = os.environ.pop(CPU_CACHE, None) if settings.kv_cache_memory_bytes else None
+def _environment(changes: Mapping[str, str | None]) -> Iterator[None]:
+    """As changed (None: without it) for as long as the engine's processes start."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
     try:
         yield
     finally:
-        if held is not None:
-            os.environ[CPU_CACHE] = held
+        _set_environment(before)
+
+
+def _set_environment(changes: Mapping[str, str | None]) -> None:
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
