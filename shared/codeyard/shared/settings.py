@@ -415,8 +415,9 @@ def _explain(error: ValidationError, inside: str = "") -> str:
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
         variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
-        # A name we do not know may be a misspelt URL or key.
-        secret = names[-1] == "url" or names[0] == "auth" or item["type"] == "extra_forbidden"
+        # A name we do not know may be a misspelt URL or key; a whole group may hold one.
+        hides = item["type"] == "extra_forbidden" or isinstance(item["input"], dict)
+        secret = names[-1] == "url" or names[0] == "auth" or hides
         value = "" if secret else f" (got {item['input']!r:.80})"
         lines.append(f"{variable}: {item['msg']}{value}")
     return "; ".join(lines)
