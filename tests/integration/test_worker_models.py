@@ -94,3 +94,26 @@ async def test_at_the_memory_limit_no_job_is_taken_until_memory_fell(
 
     assert held is State.QUEUED
     assert result.state is State.SUCCEEDED
+
+
+async def test_twenty_adapters_are_served_on_one_engine(backend: Backend) -> None:
+    """Each is called as `model@adapter`, pinned to its own weights, and waits in its base's queues."""
+    adapters = {}
+    for number in range(20):
+        folder = backend.folder / f"adapter-{number}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(f"weights {number}".encode())
+        adapters[f"a{number}"] = str(folder)
+    settings = backend.settings(worker={"model": "coder=org/coder"}, models={"coder": {"adapters": adapters}})
+    async with worker_task(settings), backend.client() as client:
+        jobs = [await client.submit("def f():", model=f"coder@a{number % 20}") for number in range(60)]
+        base = await (await client.submit("def f():", model="coder")).result(timeout=40)
+        results = [await job.result(timeout=40) for job in jobs]
+
+    assert {result.state for result in results} == {State.SUCCEEDED}
+    assert [result.revision for result in results] == [job.accepted_status.revision for job in jobs]
+    assert len({result.revision for result in results}) == 20
+    assert base.revision is not None
+    assert all(result.revision.startswith(f"{base.revision}@a") for result in results if result.revision)
+    assert len({result.text for result in results} | {base.text}) == 21
