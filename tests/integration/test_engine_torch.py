@@ -1,21 +1,25 @@
 """The torch engine on the starter model: the contract of engines, and what its child process may suffer."""
 
 import asyncio
+import gc
+import importlib.util
 import os
 import queue
 import signal
 import sys
+import weakref
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from support import engines
-from support.engines import EngineContract, ids_of, job, run
+from support.engines import EngineContract, ids_of, job, run, text_of
 
-from codeyard.shared.errors import EngineUnavailable
+from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed
 from codeyard.worker.engines.models import ModelSource, parse_model
-from codeyard.worker.engines.port import Engine
+from codeyard.worker.engines.port import Adapter, Engine
 from codeyard.worker.engines.torch_engine import TorchEngine
 
 torch = pytest.importorskip("torch")
@@ -59,6 +63,104 @@ async def test_a_job_aborted_in_the_queue_never_runs(engine: Engine) -> None:
     [delta] = await waiting
     await deltas.aclose()
     assert (delta.token_ids, delta.finish_reason) == ((), "abort")
+
+
+async def test_what_it_holds_is_measured_in_its_child(engine: Engine) -> None:
+    """Beside the 13 MB of weights, all of torch."""
+    memory = await engine.memory()
+    assert set(engine.pids()) <= engines.processes()
+    assert 10**8 < memory.host_bytes == memory.device_bytes < 2 * 10**9
+
+
+async def test_it_neither_sleeps_nor_takes_adapters_and_says_so(engine: Engine) -> None:
+    """An answer of the model alone would pass for the adapter's."""
+    assert not engine.info.can_sleep
+    with pytest.raises(EngineUnavailable, match="no sleep mode"):
+        await engine.sleep()
+    with pytest.raises(JobFailed, match="no LoRA adapters, such as sql"):
+        await run(engine, job("adapted", adapter=Adapter("sql", "/adapters/sql")))
+    with pytest.raises(EngineUnavailable, match="vllm does"):
+        await TorchEngine.start(parse_model("starter"), engines.SETTINGS.model_copy(update={"enable_lora": True}))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+async def test_a_quantised_model_writes_code_too(engine: Engine, quantization: str) -> None:
+    """Through bitsandbytes, which has kernels for CPUs: nearly what the whole weights say, in half the memory."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    settings = engines.SETTINGS.model_copy(update={"quantization": quantization})
+    quantised = await TorchEngine.start(parse_model("starter"), settings)
+    assert quantization in quantised.info.version
+
+    whole = text_of(await run(engine, job("whole")))
+    answers = await asyncio.gather(*(run(quantised, job(f"q{n}")) for n in range(4)))
+
+    [said] = {text_of(deltas) for deltas in answers}
+    assert whole.startswith(", name: str")
+    assert said.startswith(", name: str")
+    await quantised.close()
+
+
+async def test_dummy_weights_have_the_shape_and_nothing_else(engine: Engine) -> None:
+    """To try a large architecture's memory and speed without its weights."""
+    settings = engines.SETTINGS.model_copy(update={"load_format": "dummy"})
+    dummy = await TorchEngine.start(parse_model("starter"), settings)
+    assert dummy.info.context_tokens == engine.info.context_tokens
+    assert text_of(await run(dummy, job("dummy"))) != text_of(await run(engine, job("real")))
+    await dummy.close()
+
+
+@pytest.mark.parametrize(
+    "changes,said",
+    [
+        ({"quantization": "3bit"}, "the torch engine takes 8bit, 4bit, bitsandbytes"),
+        ({"load_format": "tensorizer"}, "the torch engine reads auto, safetensors, dummy"),
+        ({"load_format": "dummy", "quantization": "4bit"}, "dummy weights cannot be quantised"),
+    ],
+)
+async def test_what_it_cannot_load_says_what_it_can(changes: dict[str, str], said: str) -> None:
+    """The same settings may be meant for vLLM."""
+    with pytest.raises(EngineUnavailable, match=said):
+        await TorchEngine.start(parse_model("starter"), engines.SETTINGS.model_copy(update=changes))
+
+
+async def test_quantisation_without_its_library_or_device_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few install it before they need it; and it has nothing for some accelerators."""
+    from codeyard.worker.engines import torch_load
+
+    def load(device: str) -> None:
+        location = parse_model("starter").location
+        torch_load.load_model(
+            location, device=torch.device(device), dtype="auto", load_format="auto", quantization="4bit"
+        )
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(supported_torch_devices={"cpu", "cuda"}))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="bitsandbytes has nothing for mps, only for cpu, cuda"):
+        load("mps")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bitsandbytes and accelerate: pip install 'codeyard\[quantization\]'"):
+        load("cpu")
+
+
+async def test_a_closed_engine_is_let_go_without_the_garbage_collector() -> None:
+    """A task, a queue or an error that held it would hold its pipes and answers."""
+    gc.disable()
+    try:
+        loaded = await _start()
+        running = asyncio.create_task(run(loaded, job("running", max_tokens=200, stream=True)))
+        await run(loaded, job("done"))
+        watched = weakref.ref(loaded)
+        await loaded.close()
+        with pytest.raises(EngineDead):
+            await running
+        with pytest.raises(EngineDead):
+            await run(loaded, job("late"))
+        del loaded, running
+        await asyncio.sleep(0)
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -1,9 +1,11 @@
 """The simulated engine: answers that can be checked, times of a GPU, faults on demand."""
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
@@ -11,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from codeyard.shared.errors import EngineDead, JobFailed, JobRejected, SettingsError
+from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected, SettingsError
 from codeyard.shared.job import Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
-from codeyard.worker.engines.port import Delta, EngineJob
+from codeyard.worker.engines.port import Adapter, Delta, EngineJob, Memory
 from codeyard.worker.engines.simulated import EXIT_STATUS, Fault, SimulatedEngine, simulated_completion
 from codeyard.worker.simulation.latency import load_table
 
@@ -31,7 +33,8 @@ def engine(*, time_scale: float = FAST, max_running: int = 8, **changes: Any) ->
 
 def job(name: str, prompt: str = "def f", *, stream: bool = False, **changes: Any) -> EngineJob:
     prefix, lane = changes.pop("prefix", ()), changes.pop("lane", Lane.STANDARD)
-    return EngineJob(name, prompt, Sampling(**{"max_tokens": 300, **changes}), lane, stream, prefix)
+    adapter = changes.pop("adapter", None)
+    return EngineJob(name, prompt, Sampling(**{"max_tokens": 300, **changes}), lane, stream, prefix, adapter)
 
 
 def deltas_of(one: SimulatedEngine, asked: EngineJob) -> AsyncGenerator[Delta, None]:
@@ -227,3 +230,75 @@ async def test_it_says_what_it_is() -> None:
     assert one.info.name == "simulated"
     assert one.info.version.startswith("simulated (no model")
     await one.close()
+
+
+async def test_each_adapter_gives_an_answer_of_its_own() -> None:
+    """A result of another adapter, or of none, must show."""
+    one = engine()
+    adapters = [None, *(Adapter(name, f"/adapters/{name}") for name in ("sql", "docs"))]
+    got = await asyncio.gather(
+        *(run(one, job(f"{n}", f"prompt {n}", adapter=adapter)) for n in range(10) for adapter in adapters)
+    )
+    names = [adapter.name if adapter else None for adapter in adapters]
+    expected = [simulated_completion(f"prompt {n}", 300, adapter=name) for n in range(10) for name in names]
+    assert [answer(deltas) for deltas in got] == expected
+    assert len({text for text, _, _ in expected}) == 30
+    await one.close()
+
+
+async def test_it_takes_as_long_to_load_and_to_wake_as_it_is_told() -> None:
+    """What a model cache and a rollout are tried with: 30 s from disk, 2 s from sleep, a thousand times faster."""
+    settings = EngineSettings(simulated_load_s=30, simulated_wake_s=2, simulated_bytes=7, time_scale=1e-3)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    one = await SimulatedEngine.start(SOURCE, settings)
+    loaded_s = loop.time()
+    assert loaded_s - began_s >= 0.03
+    assert await one.memory() == Memory(device_bytes=7, host_bytes=0)
+    await one.sleep()
+    assert await one.memory() == Memory(device_bytes=0, host_bytes=7)
+    slept_s = loop.time()
+    await one.wake()
+    assert loop.time() - slept_s >= 0.002
+    assert await one.memory() == Memory(device_bytes=7, host_bytes=0)
+    assert answer(await run(one, job("awake"))) == simulated_completion("def f", 300)
+    await one.close()
+
+
+async def test_a_sleeping_engine_runs_nothing() -> None:
+    """Its weights are elsewhere; whoever gave it a job forgot to wake it."""
+    one = engine()
+    assert one.info.can_sleep
+    await one.sleep()
+    with pytest.raises(JobFailed, match="sleeps"):
+        await run(one, job("early"))
+    await one.wake()
+    assert await run(one, job("later"))
+    await one.close()
+
+
+async def test_a_model_can_be_one_that_does_not_load() -> None:
+    """Rollouts and caches meet those."""
+    with pytest.raises(EngineUnavailable, match="/models/fails"):
+        await SimulatedEngine.start(ModelSource("any", "/models/fails", "any-2"), EngineSettings())
+
+
+@pytest.mark.parametrize("fault", [None, "die"])
+async def test_a_closed_engine_is_let_go(fault: Fault | None) -> None:
+    """By its task, its jobs, and the errors they ended with, without waiting for the garbage collector."""
+    one = engine(time_scale=1e-3, fault=lambda asked: fault)
+    watched = weakref.ref(one)
+    gc.disable()
+    try:
+        running = asyncio.create_task(run(one, job("running", stream=True)))
+        await asyncio.sleep(0)
+        await one.close()
+        with pytest.raises(EngineDead):
+            await running
+        with pytest.raises(EngineDead):
+            await run(one, job("late"))
+        del one, running
+        await asyncio.sleep(0)
+        assert watched() is None
+    finally:
+        gc.enable()

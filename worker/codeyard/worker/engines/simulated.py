@@ -190,9 +190,10 @@ class SimulatedEngine:
 
     async def close(self, *, force: bool = False) -> None:
         self._die("the simulated engine was closed")
-        if self._driver is not None:
-            self._driver.cancel()
-            await asyncio.gather(self._driver, return_exceptions=True)
+        driver, self._driver = self._driver, None  # its cancellation holds its frame, and that this engine
+        if driver is not None:
+            driver.cancel()
+            await asyncio.gather(driver, return_exceptions=True)
 
     # Coming and going ------------------------------------------------------------------------------
 

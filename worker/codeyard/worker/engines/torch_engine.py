@@ -52,7 +52,7 @@ class TorchEngine:
         self._running = 0
         self._steps = 0
         self._dead: str | None = None  # why; an error is made for each who asks, since one holds its frames
-        self._reader = asyncio.create_task(self._read(), name="torch engine")
+        self._reader: asyncio.Task[None] | None = asyncio.create_task(self._read(), name="torch engine")
 
     @classmethod
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "TorchEngine":
@@ -153,8 +153,10 @@ class TorchEngine:
     async def close(self, *, force: bool = False) -> None:
         """Kills the child either way: it has nothing that outlives it."""
         self._die("the torch engine was closed")
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        reader, self._reader = self._reader, None  # its cancellation holds its frame, and that this engine
+        if reader is not None:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
         await _end(self._process, self._stderr)
 
     def _submit(self, run: _Run) -> None:
