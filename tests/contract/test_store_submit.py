@@ -288,5 +288,5 @@ async def test_the_server_tells_its_name_and_version(stores: StoreYard, store: S
     """`codeyard doctor` prints it."""
     name, version = (await store.ping()).split()
 
-    assert name == ("redis" if stores.is_redis else "sqlite")
+    assert name == stores.kind
     assert version[0].isdigit()

@@ -16,6 +16,8 @@ from codeyard.shared.connect import open_broker
 from codeyard.shared.job import Lane
 from codeyard.shared.settings import BrokerSettings
 from codeyard.shared.topology import DELAY_STEPS_S, Topology
+from support.simulation.broker import BrokerServer, MemoryBroker
+from support.simulation.wire import DirectLink
 
 T = TypeVar("T")
 
@@ -47,8 +49,12 @@ class Yard:
             url=url or self.url, queue_max_length=max_length, publish_timeout_s=timeout_s, heartbeat_s=2
         )
 
+    @property
+    def kind(self) -> str:
+        return "rabbitmq" if self.is_rabbitmq else "sqlite"
+
     async def open(self, settings: BrokerSettings | None = None) -> Broker:
-        broker = await open_broker(settings or self.settings(), self.topology)
+        broker = await self._connect(settings or self.settings())
         self.opened.append(broker)
         return broker
 
@@ -56,6 +62,9 @@ class Yard:
         broker = await self.open(settings)
         await broker.declare([self.queue, self.other])
         return broker
+
+    async def _connect(self, settings: BrokerSettings) -> Broker:
+        return await open_broker(settings, self.topology)
 
     def pika(self, settings: BrokerSettings | None = None) -> PikaPublisher:
         publisher = PikaPublisher(settings or self.settings(), self.topology)
@@ -77,6 +86,24 @@ class Yard:
                 await channel.queue_delete(queue)
             for exchange in (topology.jobs_exchange, topology.dropped_queue, *delays):
                 await channel.exchange_delete(exchange)
+
+
+class MemoryYard(Yard):
+    """The simulation's broker."""
+
+    def __init__(self) -> None:
+        super().__init__("memory:")
+        self._server = BrokerServer(self.topology)
+
+    @property
+    def kind(self) -> str:
+        return "memory"
+
+    def settings(self, *, url: str | None = None, max_length: int = 10_000, timeout_s: float = 10.0) -> BrokerSettings:
+        return BrokerSettings(queue_max_length=max_length, publish_timeout_s=timeout_s)
+
+    async def _connect(self, settings: BrokerSettings) -> Broker:
+        return MemoryBroker(self._server, DirectLink(), max_length=settings.queue_max_length)
 
 
 def message(queue: str, body: bytes = b"{}", **headers: str | int) -> Message:

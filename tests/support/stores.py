@@ -20,6 +20,8 @@ from codeyard.shared.store.port import Store, Timing
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.store.sqlite import SqliteStore
 from codeyard.shared.topology import Topology
+from support.simulation.store import MemoryStore, StoreServer
+from support.simulation.wire import DirectLink
 
 DURATIONS: dict[str, Any] = {  # long against what a test takes on a busy machine, and none the sum of others
     "lease_s": 100,
@@ -53,6 +55,10 @@ class StoreYard:
     @property
     def is_redis(self) -> bool:
         return self.url.startswith("redis")
+
+    @property
+    def kind(self) -> str:
+        return "redis" if self.is_redis else "sqlite"
 
     @property
     def file(self) -> Path:
@@ -112,6 +118,30 @@ class StoreYard:
     def _redis(self) -> Redis:
         redis: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
         return redis
+
+
+class MemoryStoreYard(StoreYard):
+    """The simulation's store."""
+
+    def __init__(self, topology: Topology) -> None:
+        super().__init__("memory:", topology)
+        self._servers: dict[str, StoreServer] = {}  # by namespace
+
+    @property
+    def kind(self) -> str:
+        return "memory"
+
+    async def open(self, topology: Topology | None = None) -> Store:
+        namespace = (topology or self.topology).namespace
+        server = self._servers.setdefault(namespace, StoreServer(self.timing, self.clock))
+        store = MemoryStore(server, DirectLink())
+        self.opened.append(store)
+        return store
+
+    async def num_rows(self, table: str) -> int:
+        servers = self._servers.values()
+        tables = {"events": [len(stream) for one in servers for stream in one.streams.values()]}
+        return sum(tables.get(table, [len(one.records) for one in servers]))
 
 
 async def _move_back(redis: Redis, key: str, seconds: float) -> None:

@@ -3,6 +3,7 @@
 The thread has its own event loop and its own connection to the store, so that a busy event loop (a
 long tokenisation, a slow JSON) costs no job its owner. A main loop that does not answer at all for
 `stall_s` is taken for dead: renewing stops, and the jobs go to workers that live.
+Where that is can be given (`Aside`): the tests' simulation has no threads.
 Called by: worker.service. Does not know about: engines, deliveries.
 """
 
@@ -10,7 +11,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from codeyard.shared.errors import FleetError, StoreUnavailable
 from codeyard.shared.job import JobId
@@ -19,6 +21,31 @@ from codeyard.shared.store.port import Renewal, Store
 log = logging.getLogger(__name__)
 
 MAX_GROUP = 1_024  # renewals per round trip
+
+
+class Aside(Protocol):
+    """Where a program runs that the main event loop cannot hold up."""
+
+    def start(self, program: Callable[[], Coroutine[Any, Any, None]]) -> None: ...
+
+    async def ended(self) -> None:
+        """Return when the program has."""
+
+
+class OwnThread:
+    """A daemon thread with an event loop of its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._thread: threading.Thread | None = None
+
+    def start(self, program: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._thread = threading.Thread(target=lambda: asyncio.run(program()), name=self._name, daemon=True)
+        self._thread.start()
+
+    async def ended(self) -> None:
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
 
 
 class LeaseKeeper:
@@ -35,6 +62,7 @@ class LeaseKeeper:
         stall_s: float,
         on_lost: Callable[[JobId], None],
         on_cancel: Callable[[JobId], None],
+        aside: Aside | None = None,
     ) -> None:
         self._open_store = open_store
         self._renew_s = renew_s
@@ -47,16 +75,16 @@ class LeaseKeeper:
         self._beat_s = time.monotonic()  # written by the main thread
         self._stopping = threading.Event()
         self._wake: Callable[[], object] = lambda: None
-        self._thread = threading.Thread(target=self._run, name="codeyard-leases", daemon=True)
+        self._aside = aside or OwnThread("codeyard-leases")
 
     def start(self) -> None:
-        self._thread.start()
+        self._aside.start(self._keep)
 
     async def stop(self) -> None:
         """Return when the thread has ended; what it held lapses."""
         self._stopping.set()
         self._wake()
-        await asyncio.to_thread(self._thread.join)
+        await self._aside.ended()
 
     def hold(self, job_id: JobId, fence: str) -> None:
         with self._lock:
@@ -65,10 +93,6 @@ class LeaseKeeper:
     def drop(self, job_id: JobId) -> None:
         with self._lock:
             self._held.pop(job_id, None)
-
-    def _run(self) -> None:
-        with asyncio.Runner() as runner:
-            runner.run(self._keep())
 
     async def _keep(self) -> None:
         woken = asyncio.Event()
