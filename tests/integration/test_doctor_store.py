@@ -18,6 +18,7 @@ from codeyard.cli.checks.store import check_store
 pytestmark = pytest.mark.services
 
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+IN_CLI = "in redis-cli: "
 BRISK = ("--shutdown-timeout", "0")  # a primary waits for its replicas when it is told to stop
 
 
@@ -74,7 +75,8 @@ async def test_a_redis_that_is_nearly_full_warns_and_a_full_one_fails(tmp_path: 
 async def test_the_way_out_of_an_unsafe_redis_leads_out(tmp_path: Path) -> None:
     """The commands as they are printed."""
     async with running_redis(tmp_path, "--appendonly", "no") as server:
-        for command in worst(await store(server.url)).way_out.split("; ")[:2]:  # no file to REWRITE here
+        way_out = worst(await store(server.url)).way_out.removeprefix(IN_CLI)
+        for command in way_out.split("; ")[:2]:  # no file to REWRITE here
             await server.command(*command.split())
         assert healthy(await store(server.url))
         await server.kill()  # told to stop while it writes its first file, it takes ten seconds
@@ -143,8 +145,9 @@ async def test_a_user_without_the_rights_gets_the_rule_that_gives_them(tmp_path:
         url = f"redis://yard:pw@{server.url.removeprefix('redis://')}"
         finding = worst([one for one in await store(url) if one.status is Status.FAIL])
         assert "may not run" in finding.text
-        assert finding.way_out.startswith("ACL SETUSER NAME ")
-        await server.command(*finding.way_out.replace("NAME", "yard").split())
+        rule = finding.way_out.removeprefix(IN_CLI)
+        assert rule.startswith("ACL SETUSER NAME ")
+        await server.command(*rule.replace("NAME", "yard").split())
         assert healthy(await store(url))
 
 

@@ -207,7 +207,7 @@ class _View:
         self._width = max(map(len, NAMES))
         if not quiet and not refused:
             settings = place.settings
-            self._print(Text("codeyard doctor", style="bold"), Text(f": namespace {settings.namespace}"))
+            self._print(Text("codeyard doctor: "), Text(f"namespace {settings.namespace}"))
             urls = {"broker": without_secrets(settings.broker.url), "store": without_secrets(settings.store.url)}
             if urls["broker"] == urls["store"]:
                 urls = {"broker and store": urls["store"]}
@@ -216,19 +216,24 @@ class _View:
             self._print(Text(), Text())
 
     def waiting(self, names: Sequence[str]) -> AbstractContextManager[object]:
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet or not names or not self._console.is_terminal:
             return nullcontext()
-        return self._console.status(f"looking at {', '.join(names)}")
+        return self._console.status(Text(f"looking at {', '.join(names)}", no_wrap=True, overflow="ellipsis"))
 
     def show(self, report: Report) -> None:
         if self._quiet:
             return
         for number, finding in enumerate(report.findings):
-            head = Text(f"{WORDS[finding.status]:<4}  ", style=COLOURS[finding.status])
+            head = Text()
+            head.append(f"{WORDS[finding.status]:<4}  ", style=COLOURS[finding.status])
             head.append(f"{'' if number else report.name:<{self._width}}  ", style="bold")
-            self._print(head, Text(finding.text, style="dim" if finding.status is Status.SKIPPED else ""))
+            body = Text()
+            body.append(finding.text, style="dim" if finding.status is Status.SKIPPED else "")
+            self._print(head, body)
             if finding.way_out:
-                self._print(Text(" " * len(head) + "-> ", style="cyan"), Text(finding.way_out, style="cyan"))
+                head = Text(" " * len(head))
+                head.append("-> ", style="cyan")
+                self._print(head, Text(finding.way_out))
 
     def summary(self, reports: Sequence[Report], took_s: float) -> None:
         counts = _counts(reports)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import unquote, urlsplit
 
-from codeyard.cli.checks.check import Finding, Place, fail, ok, skipped, warn
+from codeyard.cli.checks.check import Finding, Place, Status, fail, ok, skipped, warn
 from codeyard.cli.checks.fleet import known_revisions
 from codeyard.cli.checks.reach import unreachable
 from codeyard.cli.checks.settings import without_secrets
@@ -35,7 +35,7 @@ async def check_broker(place: Place) -> list[Finding]:
     try:
         async with _probing(place) as probe:
             findings = version_findings(probe.product, probe.version, without_secrets(settings.url))
-            if any(finding.status == "fail" for finding in findings):
+            if any(finding.status is Status.FAIL for finding in findings):
                 return findings
             trial = await probe.try_queue(f"{place.settings.namespace}.doctor.{new_nonce()}")
             return [*findings, *trial_findings(trial, settings, answer_s=place.answer_s)]

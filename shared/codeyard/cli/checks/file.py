@@ -6,6 +6,7 @@ A file that is not there yet is not made. Called by: cli.doctor.
 import os
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,9 +60,8 @@ def file_findings(url: str, variable: str) -> Iterator[Finding]:
     if path.is_dir():
         yield fail(f"{path} is a folder", f"name a file in it: {variable}=sqlite:///{path / 'yard.db'}")
         return
-    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
-        blocked = path if path.exists() and os.access(folder, os.W_OK | os.X_OK) else folder
-        yield fail(f"this user may not write {blocked}", f"chown or chmod it, or name another path in {variable}")
+    if blocked := _unwritable(folder, path):
+        yield fail(blocked, f"chown or chmod it, mount it read-write, or name another path in {variable}")
         return
     kind = file_system(folder, _mounts())
     if kind in NETWORK_FILE_SYSTEMS:
@@ -72,6 +72,17 @@ def file_findings(url: str, variable: str) -> Iterator[Finding]:
         return
     yield from _space(folder)
     yield from _content(path) if path.exists() else [ok(f"{path} is not there yet: it is made at first use")]
+
+
+def _unwritable(folder: Path, path: Path) -> str:
+    """Tried, not asked: permissions say nothing of a file system that is mounted read-only."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"this user may not write in {folder} ({error.strerror})"
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+        return f"this user may not write {path}"
+    return ""
 
 
 def _mounts() -> str:

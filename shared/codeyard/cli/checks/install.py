@@ -14,7 +14,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from codeyard.cli.checks.check import Finding, Place, Said, ask_program, fail, ok, skipped, warn
+from codeyard.cli.checks.check import Finding, Place, Said, Status, ask_program, fail, ok, skipped, warn
 from codeyard.cli.checks.gpu import Gpu, Gpus, look_for_gpus, wants_gpu
 
 IMPORT_S = 240.0  # torch and vllm from a cold disk
@@ -112,11 +112,11 @@ async def check_engine(place: Place) -> list[Finding]:
         )
         judged = engine_findings(name, understood(said), gpus, place)
         tried.append(judged)
-        if not any(finding.status == "fail" for finding in judged):
+        if not any(finding.status is Status.FAIL for finding in judged):
             # auto: what did not work before is worth a look, but a worker starts.
-            before = [warn(f.text, f.way_out) for one in tried[:-1] for f in one if f.status == "fail"]
+            before = [warn(f.text, f.way_out) for one in tried[:-1] for f in one if f.status is Status.FAIL]
             return [*findings, *before, *judged]
-    return [*findings, *(finding for one in tried for finding in one)]
+    return list(dict.fromkeys([*findings, *(finding for one in tried for finding in one)]))
 
 
 def _installed(name: EngineName, packages: Mapping[str, str]) -> bool:
@@ -171,6 +171,8 @@ def engine_findings(name: EngineName, engine: Imported, gpus: Gpus, place: Place
     if (vllm := engine.versions.get("vllm")) and not vllm.startswith(SUPPORTED_VLLM):
         tested = " and ".join(f"{version}.x" for version in SUPPORTED_VLLM)
         findings.append(warn(f"vllm {vllm} was not tested with codeyard", f"{tested} were"))
+    if any(finding.status is Status.FAIL for finding in findings):
+        return findings
     where = "cuda " + engine.cuda if engine.cuda_found and engine.cuda else engine.vllm_device or "cpu"
     return [*findings, ok(f"{shown} on {where}")]
 

@@ -3,6 +3,7 @@
 Called by: cli.doctor, checks.gpu.
 """
 
+import difflib
 import json
 import os
 import struct
@@ -54,7 +55,7 @@ def model_findings(argument: str, settings: Settings) -> list[Finding]:
     except SettingsError as error:
         return [fail(str(error), "set CODEYARD_WORKER_MODEL, or --model")]
     except EngineUnavailable as error:
-        return [fail(f"model {argument!r}: {error}", _way_in(argument))]
+        return [fail(str(error), _way_in(argument))]
     folder = Path(source.location)
     if not folder.is_dir():
         way_out = f"hf download {source.location}; if it was a directory, write ./{source.location}"
@@ -68,16 +69,19 @@ def model_findings(argument: str, settings: Settings) -> list[Finding]:
 
 
 def _way_in(argument: str) -> str:
-    location = argument.partition("=")[2] or argument
-    path = Path(location).expanduser()
+    path = Path(argument.partition("=")[2] or argument).expanduser()
     if path.is_file():
         return f"name the directory it is in: {path.parent}"
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
         return f"this user may not read it: chmod -R a+rX {path}"
-    if path.is_dir() and (inside := sorted(one.parent.name for one in path.glob("*/config.json"))):
-        return f"did you mean {path / inside[0]}?"
-    near = [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
-    return f"there are {', '.join(sorted(near)[:5])} beside it" if near else "a directory with config.json and weights"
+    if path.is_dir() and (inside := sorted(one.parent for one in path.glob("*/config.json"))):
+        return f"did you mean {inside[0]}?"
+    if path.is_dir() or not path.parent.is_dir():
+        return "it takes a directory with config.json, tokenizer and weights, as `hf download` makes it"
+    beside = sorted(one.name for one in path.parent.iterdir() if one.is_dir())
+    if close := difflib.get_close_matches(path.name, beside, n=1):
+        return f"did you mean {path.parent / close[0]}?"
+    return f"{path.parent} holds {', '.join(beside[:5]) or 'no directory'}"
 
 
 def damage(folder: Path) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LISTEN = "0A"  # state in /proc/net/tcp, see proc(5)
+SHOWN_WORDS = 3  # `python -m http.server`; what follows may be a password
 MAX_COMMAND = 60  # characters shown
 ANCESTORS = 16  # looked at: an engine is a few processes below its worker
 
@@ -18,7 +19,7 @@ ANCESTORS = 16  # looked at: an engine is a few processes below its worker
 @dataclass(frozen=True, slots=True)
 class Process:
     pid: int
-    command: str  # as it was started, cut
+    command: str  # its program and the next words
     ours: bool  # a codeyard command, or below one
 
     def __str__(self) -> str:
@@ -26,8 +27,8 @@ class Process:
 
 
 def process(pid: int, root: Path = Path("/proc")) -> Process:
-    words = _command(root, pid)
-    command = " ".join(words)
+    words = _command(root, pid)[:SHOWN_WORDS]
+    command = " ".join([Path(words[0]).name, *words[1:]]) if words else ""
     short = command if len(command) <= MAX_COMMAND else command[: MAX_COMMAND - 3] + "..."
     return Process(pid, short, any(_is_codeyard(_command(root, one)) for one in _line(root, pid)))
 

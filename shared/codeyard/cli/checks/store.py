@@ -7,7 +7,7 @@ Called by: cli.doctor. What is asked of the server: shared.store.redis_probe.
 
 from collections.abc import Iterator, Sequence
 
-from codeyard.cli.checks.check import Finding, Place, fail, gib, ok, skipped, warn
+from codeyard.cli.checks.check import Finding, Place, Status, fail, gib, ok, skipped, warn
 from codeyard.cli.checks.reach import unreachable
 from codeyard.cli.checks.settings import without_secrets
 from codeyard.shared.errors import SettingsError, StoreUnavailable
@@ -20,7 +20,7 @@ START = "docker compose up -d redis, or start redis-server"
 URL = "CODEYARD_STORE_URL"
 CLOCK_S = 5.0  # leases and deadlines use the store's clock alone; tokens, logs and people use this machine's
 FULL = 0.9  # of maxmemory
-DURABLE = "CONFIG SET appendonly yes; CONFIG SET appendfsync always; CONFIG REWRITE"
+DURABLE = "in redis-cli: CONFIG SET appendonly yes; CONFIG SET appendfsync always; CONFIG REWRITE"
 
 
 async def check_store(place: Place) -> list[Finding]:
@@ -52,7 +52,7 @@ def refused(error: Exception, settings: StoreSettings, *, answer_s: float) -> Fi
     """Somebody listens there, and we cannot work with them."""
     said, url = str(error).removeprefix("store unavailable: "), without_secrets(settings.url)
     hangs = f"{url} takes the connection and gives no answer within {answer_s:g} s"
-    acl = "ACL SETUSER NAME ~codeyard:* &codeyard:* +@all -@dangerous +info +config|get"
+    acl = "in redis-cli: ACL SETUSER NAME ~codeyard:* &codeyard:* +@all -@dangerous +info +config|get"
     for words, text, way_out in (
         ("Authentication required", f"{url} wants a password", f"redis://:PASSWORD@host in {URL}"),
         ("refused user or password", f"{url} refused user or password", f"mend them in {URL} (percent-encoded)"),
@@ -78,13 +78,17 @@ def node_findings(node: RedisNode, settings: StoreSettings) -> Iterator[Finding]
         yield fail(f"Redis {node.version} at {at} is too old", "upgrade to 7.0 or later")
         return
     if node.role == "slave":
-        yield fail(f"{at} is a read-only replica", f"name the primary in {URL}, or promote it: REPLICAOF NO ONE")
+        yield fail(
+            f"{at} is a read-only replica", f"name the primary in {URL}, or promote it (in redis-cli: REPLICAOF NO ONE)"
+        )
         return
     if node.loading:
         yield fail(f"{at} is still loading its data", "wait: INFO persistence says how long (loading_eta_seconds)")
         return
     wrong = [*_durability(node, settings), *_room(node), *_clock(node)]
     yield from wrong
+    if any(finding.status is Status.FAIL for finding in wrong):
+        return
     file = f"append-only file, fsync {node.fsync}" if node.append_only else "no append-only file"
     yield ok(f"Redis {node.version} at {at}: {file}, {node.eviction}; answers in {node.round_trip_s * 1e3:.1f} ms")
 
@@ -105,7 +109,7 @@ def _durability(node: RedisNode, settings: StoreSettings) -> Iterator[Finding]:
         lost = "the last second of" if node.fsync == "everysec" else "what it has not written of"
         text = f"{at} has appendfsync {node.fsync}: a crash loses {lost} accepted jobs and results"
         # What was acked is on a replica too; only both dying at once loses it.
-        yield (warn if settings.replicas else fail)(text, "CONFIG SET appendfsync always; CONFIG REWRITE")
+        yield (warn if settings.replicas else fail)(text, "in redis-cli: CONFIG SET appendfsync always; CONFIG REWRITE")
     if node.replicas < settings.replicas:
         yield fail(
             f"CODEYARD_STORE_REPLICAS is {settings.replicas}, {at} has {node.replicas}: no job would be settled",
@@ -118,7 +122,9 @@ def _room(node: RedisNode) -> Iterator[Finding]:
     if node.eviction != "noeviction":
         text = f"{at} has maxmemory-policy {node.eviction}: when it is full it throws accepted jobs away"
         # Without a limit it is never full.
-        yield (fail if node.max_bytes else warn)(text, "CONFIG SET maxmemory-policy noeviction; CONFIG REWRITE")
+        yield (fail if node.max_bytes else warn)(
+            text, "in redis-cli: CONFIG SET maxmemory-policy noeviction; CONFIG REWRITE"
+        )
     if node.evicted_keys:
         yield warn(f"{at} has evicted {node.evicted_keys} keys since it started", "noeviction, and more maxmemory")
     if node.max_bytes and node.used_bytes > FULL * node.max_bytes:
