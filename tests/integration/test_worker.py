@@ -232,13 +232,13 @@ async def test_a_client_that_is_not_open_says_so() -> None:
 
 
 class StuckEngine:
-    """Answers its first prompt; then takes jobs, gives nothing, and ignores being aborted and closed."""
+    """Answers the worker's own prompts; then takes jobs, gives nothing, and ignores being aborted and closed."""
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
-        if job.prompt != warmup.PROMPT:
+        if not isinstance(job.prompt, str) or warmup.PROMPT not in job.prompt:
             await asyncio.Event().wait()
         yield Delta("a", (1,), "length")
 

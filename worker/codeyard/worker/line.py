@@ -34,6 +34,7 @@ from codeyard.worker.patience import persist
 from codeyard.worker.runner import EngineLease, Runner
 from codeyard.worker.scheduling.select import make_scheduler
 from codeyard.worker.settler import Settler
+from codeyard.worker.warmup import step_cost
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Line:
         plant, worker, info = self._plant, self._plant.settings.worker, self.lease.engine.info
         # One tenant's hand of shards must be able to fill the engine.
         prefetch = math.ceil(info.max_running * (1 + worker.look_ahead) / worker.shards_per_tenant)
+        prior = await step_cost(self.lease.engine)
         names = [name for shards in self.queues.values() for name in shards]
         consumer = await persist(lambda: plant.broker.consume(dict.fromkeys(names, prefetch)))
         settler = Settler(
@@ -152,7 +154,7 @@ class Line:
         writer = EventWriter(plant.store, flush_s=worker.flush_s, on_fenced=self.lose)
         runner = self._runner = Runner(
             self.lease,
-            make_scheduler(plant.settings.admission, info),
+            make_scheduler(plant.settings.admission, info, prior),
             plant.store,
             settler,
             writer,

@@ -33,7 +33,7 @@ from codeyard.shared.settings import AdmissionSettings, Promise
 from codeyard.worker.scheduling.lanes import LaneTurns
 from codeyard.worker.scheduling.mix import MixEstimate
 from codeyard.worker.scheduling.port import Candidate, Decision, EngineLoad
-from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, StepTime
+from codeyard.worker.scheduling.step_time import OBSERVE_TOKENS, PRIOR, StepCost, StepTime
 from codeyard.worker.scheduling.suspects import Quarantine
 from codeyard.worker.scheduling.tenants import COMPLETION_WEIGHT, Tenants
 from codeyard.worker.scheduling.window import Mix, prompt_room, widest
@@ -76,7 +76,7 @@ class _Limits:
 class AdaptiveScheduler:
     """See the module. `slots` and `continuous` describe the engine."""
 
-    def __init__(self, settings: AdmissionSettings, *, slots: int, continuous: bool) -> None:
+    def __init__(self, settings: AdmissionSettings, *, slots: int, continuous: bool, prior: StepCost = PRIOR) -> None:
         self._settings = settings
         self._slots = slots
         self._continuous = continuous
@@ -93,7 +93,7 @@ class AdaptiveScheduler:
         self._count: dict[Lane, int] = dict.fromkeys(Lane, 0)  # running
         self._bulk: dict[JobId, None] = {}  # running, youngest last
         self._preempting: set[JobId] = set()
-        self._step = StepTime()
+        self._step = StepTime(prior)
         self._now_s = 0.0
         self._refilled_s = 0.0
         self._job_s = 0.0  # integral of running jobs over time

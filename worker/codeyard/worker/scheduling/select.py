@@ -4,12 +4,13 @@ from codeyard.shared.settings import AdmissionSettings
 from codeyard.worker.engines.port import EngineInfo
 from codeyard.worker.scheduling.adaptive import AdaptiveScheduler
 from codeyard.worker.scheduling.port import Scheduler
+from codeyard.worker.scheduling.step_time import PRIOR, StepCost
 from codeyard.worker.scheduling.straight import Straight
 from codeyard.worker.scheduling.weighted import WeightedLanes
 
 
-def make_scheduler(settings: AdmissionSettings, info: EngineInfo) -> Scheduler:
-    """A fresh policy object for one loaded engine; make another when the engine is replaced."""
+def make_scheduler(settings: AdmissionSettings, info: EngineInfo, prior: StepCost = PRIOR) -> Scheduler:
+    """A fresh policy object for one loaded engine, whose steps take about `prior`."""
     if settings.policy == "straight":
         return Straight()
     if settings.policy == "fixed":
@@ -19,4 +20,4 @@ def make_scheduler(settings: AdmissionSettings, info: EngineInfo) -> Scheduler:
             shares=settings.shares,
             linger_s=settings.linger_s,
         )
-    return AdaptiveScheduler(settings, slots=info.max_running, continuous=info.continuous)
+    return AdaptiveScheduler(settings, slots=info.max_running, continuous=info.continuous, prior=prior)

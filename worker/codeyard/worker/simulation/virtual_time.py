@@ -39,6 +39,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._virtual.now_s
 
 
+async def pass_time(seconds: float) -> None:
+    """That long on the loop's clock."""
+    await asyncio.sleep(seconds)
+
+
 def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on such a loop."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
