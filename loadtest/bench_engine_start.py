@@ -10,8 +10,9 @@ size asked for, made for the run. Each row is a process of its own, which starts
     next    as a worker does that loads another model
 
 Both from the call to the end of a first answer of 8 tokens; the best of the runs, since whatever else runs
-only adds to them. The weights' pages are dropped from the kernel's cache before each start, as after a reboot. What does not run here is told in
-the engine's own words. About fifteen minutes on two cores with everything installed.
+only adds to them. The weights' pages are dropped from the kernel's cache before each start, as after a
+reboot. What does not run here is told in the engine's own words. About fifteen minutes on two cores with
+everything installed.
 """
 
 import asyncio
