@@ -52,6 +52,7 @@ async def holding_process(yard: Yard, count: int) -> AsyncIterator[asyncio.subpr
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("yard", ["sqlite", pytest.param("rabbitmq", marks=pytest.mark.services)], indirect=True)
 async def test_what_a_killed_process_held_comes_back_to_the_others(yard: Yard) -> None:
     """kill -9: no goodbye, no requeue, and nothing lost."""
     broker = await yard.declared()
