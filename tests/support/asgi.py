@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from codeyard.producer.gateway.app import Probe, create_app
 from codeyard.producer.gateway.auth import Authenticator, Development
 from codeyard.producer.gateway.limits import Limits, States
+from codeyard.producer.gateway.surface import Kit
+from codeyard.producer.gateway.surfaces import surfaces
 from codeyard.shared.alias import Alias
 from codeyard.shared.errors import JobNotFound, ResultTimeout
 from codeyard.shared.job import JobId, Lane, job_id_for_key
@@ -187,17 +189,21 @@ def app_over(
     heartbeat_s: float = 15.0,
     **settings: Any,
 ) -> FastAPI:
+    kit = Kit(
+        GatewaySettings(**settings),
+        Metrics(),
+        stopping or asyncio.Event(),
+        cast(Store, models or MadeUpModels()),
+        heartbeat_s,
+    )
     return create_app(
         jobs,
-        GatewaySettings(**settings),
+        kit,
         auth=auth or Development(),
         limits=limits or limits_over(LimitSettings()),
-        store=cast(Store, models or MadeUpModels()),
+        surfaces=surfaces(kit),
         open_metrics=open_metrics,
         probes=probes if probes is not None else {"broker": _up, "store": _up},
-        metrics=Metrics(),
-        stopping=stopping or asyncio.Event(),
-        heartbeat_s=heartbeat_s,
     )
 
 

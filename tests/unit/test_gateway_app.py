@@ -250,7 +250,7 @@ async def test_a_reader_that_takes_nothing_is_let_go(
     monkeypatch.setattr(sse, "TAKE_S", 0.01)
     jobs = MadeUpJobs(known=status(last_seq=1), events=[Event(seq=1, kind=EventKind.TOKENS, text="x")], endless=True)
 
-    async with _reading(app_over(jobs)) as (reader, task):
+    async with _reading(app_over(jobs, heartbeat_s=0.01)) as (reader, task):
         await reader.sees(b"retry: 1000")
         reader.takes.clear()
         async with asyncio.timeout(5):

@@ -55,7 +55,7 @@ def _is_problem(answer: httpx.Response, status: int, kind: str, field: str | Non
         ({"timeout_s": 604_801}, "timeout_s"),
         ({"metadata": []}, "metadata"),
         ({"sampling": {"temperature": 2.1}}, "sampling.temperature"),
-        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens"),
+        ({"sampling": {"max_tokens": -1}}, "sampling.max_tokens"),
         ({"sampling": {"stop": ["ok", ""]}}, "sampling.stop.1"),
         ({"sampling": {"temprature": 1}}, "sampling.temprature"),
         ({"sampling": "greedy"}, "sampling"),

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 import pytest
 
 from codeyard.shared.errors import EngineUnavailable, JobFailed, JobRejected
+from codeyard.shared.job import estimate_tokens
 from codeyard.worker.engines.port import Delta, Engine, EngineInfo, EngineJob
 from codeyard.worker.scheduling.step_time import PRIOR, StepCost
 from codeyard.worker.simulation.virtual_time import pass_time, run_in_virtual_time
@@ -25,7 +26,7 @@ class Timed:
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         if self._error is not None:
             raise self._error
-        tokens = len(job.prompt) // 3
+        tokens = estimate_tokens(job.prompt)
         await pass_time(STEP_S + PREFILL_S * tokens)
         yield Delta("a", (1,))
         for _ in range(job.sampling.max_tokens - 2):

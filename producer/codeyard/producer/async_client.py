@@ -16,6 +16,7 @@ from codeyard.producer.grouping import GroupingSubmitter
 from codeyard.producer.submission import Accepted, Submission, Submitter
 from codeyard.producer.waits import WaitBoard
 from codeyard.shared.broker.port import Broker, Publisher
+from codeyard.shared.chat import Chat
 from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.errors import FleetError, JobNotFound
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
@@ -100,7 +101,7 @@ class AsyncClient:
 
     async def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         model: str = "starter",
         lane: Lane | str = Lane.STANDARD,

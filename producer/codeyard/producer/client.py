@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 from codeyard.producer.async_client import AsyncClient, AsyncJob, with_urls
 from codeyard.producer.submission import Submission
 from codeyard.shared.broker.port import Publisher
+from codeyard.shared.chat import Chat
 from codeyard.shared.connect import open_broker
 from codeyard.shared.errors import FleetError
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
@@ -71,7 +72,7 @@ class Client:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         model: str = "starter",
         lane: Lane | str = Lane.STANDARD,

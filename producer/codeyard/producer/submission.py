@@ -25,6 +25,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 from codeyard.producer.waits import WaitBoard
 from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Message, Publisher, PublishOutcome
+from codeyard.shared.chat import Chat
 from codeyard.shared.envelope import new_nonce, seal
 from codeyard.shared.errors import (
     BrokerUnavailable,
@@ -52,7 +53,7 @@ MAX_MINE = 10_000  # own reservations remembered, the oldest forgotten first
 class Submission:
     """What a caller asks for. `timeout_s` is the job's deadline from now, not how long a call waits."""
 
-    prompt: str | Sequence[int]
+    prompt: str | Sequence[int] | Chat
     model: str = "starter"
     lane: Lane | str = Lane.STANDARD
     idempotency_key: str | None = None
@@ -278,7 +279,7 @@ def _job(asked: Submission, alias: Alias) -> Job:
         model=asked.model,
         revision=alias.pin(job_id).revision,
         lane=asked.lane,
-        prompt=asked.prompt if isinstance(asked.prompt, str) else tuple(asked.prompt),
+        prompt=asked.prompt if isinstance(asked.prompt, str | Chat) else tuple(asked.prompt),
         sampling=sampling.model_dump() if isinstance(sampling, Sampling) else dict(sampling),
         stream=asked.stream,
         timeout_s=asked.timeout_s,

@@ -7,14 +7,17 @@ The format is documented for other languages in docs/wire-contract.md.
 
 import hashlib
 import json
+import math
 import secrets
 import time
 import uuid
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import InvalidJob, JobTooLarge, MalformedMessage
 
 WIRE_VERSION = 1
@@ -33,6 +36,12 @@ Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+Prompt = Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)] | Chat
+"""Text, token ids of the model's own vocabulary, or a conversation that the model's template renders."""
+
+CHARS_PER_TOKEN = 3  # of our own sources: 3.3 with a tokenizer of 32,768 entries, 2.6 with the starter's 2,048
+
+
 class Lane(StrEnum):
     """A priority class with its own durable queue; earlier members are more urgent."""
 
@@ -41,12 +50,35 @@ class Lane(StrEnum):
     BULK = "bulk"
 
 
-class Sampling(BaseModel):
-    """How to generate. `None` means the engine's default. Unknown fields are refused: they change meaning."""
+class OutputFormat(BaseModel):
+    """What the text must be: JSON of a schema (an empty one: any object), or a match of a regular expression,
+    or one of some choices. Engines with structured outputs only; others reject the job."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_tokens: Annotated[int, Field(ge=1, le=131_072)] = 128
+    type: Literal["json_schema", "regex", "choice"]
+    json_schema: dict[str, Any] | None = None
+    regex: Annotated[str, Field(min_length=1, max_length=10_000)] | None = None
+    choice: Annotated[tuple[str, ...], Field(min_length=1, max_length=1_000)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        given = {name for name in ("json_schema", "regex", "choice") if getattr(self, name) is not None}
+        if given != {self.type}:
+            raise ValueError(f"type {self.type} needs the field {self.type}, and no other")
+        return self
+
+
+class Sampling(BaseModel):
+    """How to generate. `None` means the engine's default. Unknown fields are refused: they change meaning.
+
+    `max_tokens` 0 generates nothing: the result counts the prompt's tokens. `logprobs`: of each token, and of
+    so many of the likeliest in its place.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: Annotated[int, Field(ge=0, le=131_072)] = 128
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
@@ -56,12 +88,14 @@ class Sampling(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=200)], ...], Field(max_length=16)] = ()
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    output_format: OutputFormat | None = None
 
 
 class Job(BaseModel):
     """One code-generation job. Frozen; unknown envelope fields are kept and passed on.
 
-    `prompt` is text, or token ids of the model's own vocabulary. `revision` and `shard` (which of its
+    `prompt` is text, token ids of the model's own vocabulary, or a conversation. `revision` and `shard` (which of its
     lane's queues) are filled in when the job is pinned at submission. `stream` asks the worker to publish
     tokens as they come; any job can be read as a stream, one without it arrives in one piece.
     """
@@ -76,7 +110,7 @@ class Job(BaseModel):
     revision: Name
     lane: Lane = Lane.STANDARD
     shard: Annotated[int, Field(ge=0, lt=1_024)] = 0
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)]
+    prompt: Prompt
     sampling: Sampling = Sampling()
     stream: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] = DEFAULT_TIMEOUT_S
@@ -97,7 +131,8 @@ class Job(BaseModel):
         sampling = self.sampling.model_dump(mode="json", exclude_none=True)
         if not sampling["stop"]:
             del sampling["stop"]
-        body = {"v": 1, "model": self.model, "prompt": self.prompt, "sampling": sampling}
+        chat = self.prompt.model_dump(mode="json", exclude_defaults=True) if isinstance(self.prompt, Chat) else None
+        body = {"v": 1, "model": self.model, "prompt": chat or self.prompt, "sampling": sampling}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -126,6 +161,14 @@ class Job(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise InvalidJob(first["msg"], field=_where(first["loc"])) from None
+
+
+def estimate_tokens(prompt: str | Sequence[int] | Chat) -> int:
+    """Of a prompt whose tokens nobody has counted; exact for token ids. At least 1."""
+    if isinstance(prompt, Chat | str):
+        num_chars = len(prompt) if isinstance(prompt, str) else prompt.num_chars
+        return math.ceil(num_chars / CHARS_PER_TOKEN)
+    return len(prompt)
 
 
 def job_id_for_key(tenant: str, key: str) -> JobId:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from codeyard.shared.chat import TokenLogprob, ToolCall, ToolCallDelta
 from codeyard.shared.errors import MalformedMessage
 from codeyard.shared.job import Job, JobId, Lane
 
@@ -66,7 +67,10 @@ class Result(BaseModel):
     v: Literal[1] = 1
     state: State
     text: str = ""
-    finish_reason: str | None = None  # stop | length | abort, as the engine names it
+    content: str | None = None  # of a chat that offers tools: `text` without the calls; None: all of `text`
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # where they were asked for, one for each token
+    finish_reason: str | None = None  # stop | length | tool_calls | abort, as the engine names it
     usage: Usage = Usage()
     error: Failure | None = None
     engine: str | None = None  # which engine and version made it; "simulated" says so
@@ -99,6 +103,9 @@ class Event(BaseModel):
     kind: EventKind
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    content: str | None = None  # of a chat that offers tools: what of `text` is for the reader; None: all
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     state: State | None = None  # of an `end` event
     revision: str | None = None  # of the weights; on the first event of each worker that generates it
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable
-from codeyard.shared.job import JobId, Lane
+from codeyard.shared.job import JobId, Lane, estimate_tokens
 from codeyard.shared.record import Failure, Result, State
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
@@ -30,7 +30,6 @@ from codeyard.worker.settler import Settler
 
 log = logging.getLogger(__name__)
 
-CHARS_PER_TOKEN = 4  # of source code, before the engine has counted
 FORCE_CLOSE_S = 10.0  # for an engine that died or hangs; then its jobs' tasks are cancelled
 MAX_ENGINE_STARTS = 5  # failures in a row; then the worker ends and says why
 TICK_S = 1.0  # deadlines of waiting jobs, look-ahead grown old, signs of life
@@ -310,14 +309,12 @@ class Runner:
 
 
 def _candidate(held: HeldJob) -> Candidate:
-    prompt = held.job.prompt
-    num_prompt = len(prompt) if isinstance(prompt, tuple) else len(prompt) // CHARS_PER_TOKEN + 1
     num_generated = len(held.log.token_ids)
     return Candidate(
         job_id=held.id,
         lane=held.job.lane,
         tenant=held.job.tenant,
-        prompt_tokens=num_prompt + num_generated,
+        prompt_tokens=estimate_tokens(held.job.prompt) + num_generated,
         max_tokens=held.job.sampling.max_tokens - num_generated,
         submitted_s=held.submitted_s,
         deadline_s=held.deadline_s,

@@ -6,6 +6,7 @@
     GET    /v1/jobs/{id}/events  server-sent events, resumed with Last-Event-ID
     DELETE /v1/jobs/{id}         cancel
            /v1/admin/models...   see models_admin.py
+           /v1/...               further APIs over the same jobs, each a `Surface`
     GET    / /docs /openapi.json /healthz /readyz /metrics
 
 The first five ask who is calling, and show each caller the jobs of its own tenant: a handler of theirs gets
@@ -18,14 +19,13 @@ Called by: gateway.serve, tests.
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from codeyard.producer.gateway import requests
@@ -37,15 +37,12 @@ from codeyard.producer.gateway.models_admin import ModelsAdmin
 from codeyard.producer.gateway.openapi import describe
 from codeyard.producer.gateway.pages import landing_page, reference_page
 from codeyard.producer.gateway.problems import Refused, kind_of, problem, problem_of
-from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
+from codeyard.producer.gateway.sse import EventStream, native_frames
+from codeyard.producer.gateway.surface import Kit, Route, Surface
 from codeyard.producer.gateway.tenancy import TenantJobs
-from codeyard.producer.gateway.waiting import hung_up, unless
 from codeyard.shared.access.keys import Scope
-from codeyard.shared.errors import BrokerUnavailable, FleetError, ResultTimeout, StoreUnavailable
-from codeyard.shared.job import JobId
+from codeyard.shared.errors import BrokerUnavailable, FleetError, StoreUnavailable
 from codeyard.shared.record import JobStatus
-from codeyard.shared.settings import GatewaySettings
-from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -56,79 +53,75 @@ Probe = Callable[[], Awaitable[str]]
 """Name and version of a server. Raises BrokerUnavailable or StoreUnavailable."""
 
 Handler = Callable[[Request], Awaitable[Response]]
-TenantHandler = Callable[[Request, TenantJobs], Awaitable[Response]]
 
 
 def create_app(
     jobs: Jobs,
-    settings: GatewaySettings,
+    kit: Kit,
     *,
     auth: Authenticator,
     limits: Limits,
     probes: Mapping[str, Probe],
-    metrics: Metrics,
-    stopping: asyncio.Event,
-    store: Store | None = None,
+    surfaces: Sequence[Surface] = (),
     open_metrics: bool = True,
-    heartbeat_s: float = HEARTBEAT_S,
 ) -> FastAPI:
-    """The app. `store`: serve the admin routes on it. `open_metrics`: /metrics needs no credentials. `probes` are
-    asked by /readyz; `stopping` ends waits and streams, so that callers go elsewhere."""
+    """The app: the native routes and those of `surfaces`. `open_metrics`: /metrics needs no credentials. `probes`
+    are asked by /readyz."""
     app = FastAPI(title="codeyard", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, metrics=kit.metrics)
     _answer_errors(app)
-    native = _Native(settings, metrics, stopping, heartbeat_s)
-    operations = _Operations(probes, metrics, stopping)
+    operations = _Operations(probes, kit.metrics, kit.stopping)
 
-    def for_callers(scope: Scope, handler: TenantHandler) -> Handler:
+    def for_callers(route: Route, refuse: Callable[[Refused | FleetError], Response]) -> Handler:
         async def answer(request: Request) -> Response:
-            given = request.headers.getlist
-            caller = await auth.caller(given("authorization"), given("x-api-key"))
-            request.scope[CALLER] = caller
-            caller.require(scope)
-            return await handler(request, TenantJobs(jobs, caller.tenant, limits))
+            try:
+                given = request.headers.getlist
+                caller = await auth.caller(given("authorization"), given("x-api-key"))
+                request.scope[CALLER] = caller
+                caller.require(route.scope)
+                return await route.handler(request, TenantJobs(jobs, caller.tenant, limits))
+            except (Refused, FleetError) as error:
+                if kind_of(error) == "internal-error":
+                    raise
+                return refuse(error)
 
         return answer
 
     async def metrics_for_callers(request: Request, _: TenantJobs) -> Response:
         return await operations.exposition(request)
 
-    for path, method, handler in (
-        ("/v1/jobs", "POST", for_callers(Scope.SUBMIT, native.submit)),
-        ("/v1/jobs", "GET", for_callers(Scope.READ, native.recent)),
-        ("/v1/jobs/{job_id}", "GET", for_callers(Scope.READ, native.status)),
-        ("/v1/jobs/{job_id}", "DELETE", for_callers(Scope.CANCEL, native.cancel)),
-        ("/v1/jobs/{job_id}/events", "GET", for_callers(Scope.READ, native.events)),
-        ("/", "GET", operations.landing),
-        ("/docs", "GET", operations.reference),
-        ("/openapi.json", "GET", operations.openapi),
-        ("/healthz", "GET", operations.healthz),
-        ("/readyz", "GET", operations.readyz),
-        ("/metrics", "GET", operations.exposition if open_metrics else for_callers(Scope.ADMIN, metrics_for_callers)),
+    guarded = Route("/metrics", "GET", Scope.ADMIN, metrics_for_callers)
+    for path, handler in (
+        ("/", operations.landing),
+        ("/docs", operations.reference),
+        ("/openapi.json", operations.openapi),
+        ("/healthz", operations.healthz),
+        ("/readyz", operations.readyz),
+        ("/metrics", operations.exposition if open_metrics else for_callers(guarded, problem_of)),
     ):
-        app.router.add_route(path, handler, methods=[method])
-    if store is not None:
-        models = ModelsAdmin(store)
-        for path, method, admin_handler in (
-            ("/v1/admin/models", "GET", models.models),
-            ("/v1/admin/models/{alias}", "GET", models.model),
-            ("/v1/admin/models/{alias}/rollout", "POST", models.rollout),
-            ("/v1/admin/models/{alias}/rollback", "POST", models.rollback),
-        ):
-            app.router.add_route(path, for_callers(Scope.ADMIN, admin_handler), methods=[method])
+        app.router.add_route(path, handler, methods=["GET"])
+    for surface in (Surface([*_Native(kit).routes(), *ModelsAdmin(kit.store).routes()], problem_of), *surfaces):
+        for route in surface.routes:
+            app.router.add_route(route.path, for_callers(route, surface.refuse), methods=[route.method])
     return app
 
 
 class _Native:
     """The life of a job over HTTP."""
 
-    def __init__(
-        self, settings: GatewaySettings, metrics: Metrics, stopping: asyncio.Event, heartbeat_s: float
-    ) -> None:
-        self._settings = settings
-        self._metrics = metrics
-        self._stopping = stopping
-        self._heartbeat_s = heartbeat_s
+    def __init__(self, kit: Kit) -> None:
+        self._kit = kit
+        self._settings = kit.settings
+        self._metrics = kit.metrics
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/jobs", "POST", Scope.SUBMIT, self.submit),
+            Route("/v1/jobs", "GET", Scope.READ, self.recent),
+            Route("/v1/jobs/{job_id}", "GET", Scope.READ, self.status),
+            Route("/v1/jobs/{job_id}", "DELETE", Scope.CANCEL, self.cancel),
+            Route("/v1/jobs/{job_id}/events", "GET", Scope.READ, self.events),
+        ]
 
     async def submit(self, request: Request, jobs: TenantJobs) -> Response:
         lane = "unknown"  # until the body is read
@@ -182,12 +175,7 @@ class _Native:
             return Response(status_code=204)  # tells an EventSource to stop
         if request.method == "HEAD":
             return Response(media_type=EventStream.media_type)
-        return EventStream(
-            jobs.stream(job_id, after),
-            stopping=self._stopping,
-            streams_open=self._metrics.streams_open,
-            heartbeat_s=self._heartbeat_s,
-        )
+        return self._kit.event_stream(native_frames(jobs.stream(job_id, after)))
 
     async def _awaited(self, request: Request, jobs: TenantJobs, status: JobStatus) -> tuple[JobStatus, dict[str, str]]:
         """The status after the wait the caller prefers, if any, and the headers that say so."""
@@ -195,26 +183,8 @@ class _Native:
         if wait_s is None:
             return status, {}
         if not status.state.final:
-            status = await self._final_within(request, jobs, status.id, wait_s) or await jobs.status(status.id)
+            status = await self._kit.final_within(request, jobs, status.id, wait_s) or await jobs.status(status.id)
         return status, {"Preference-Applied": f"wait={requests.seconds(wait_s)}"}
-
-    async def _final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:
-        """None if it goes on, or the gateway stops. Raises ClientDisconnect if there is nobody to tell."""
-        gone = False
-
-        async def caller_gone() -> None:
-            nonlocal gone
-            await hung_up(request.receive)
-            gone = True
-
-        try:
-            with self._metrics.waits_open.track_inprogress():
-                status = await unless(jobs.wait(job_id, wait_s), caller_gone(), self._stopping.wait())
-        except ResultTimeout:
-            return None
-        if status is None and gone:
-            raise ClientDisconnect
-        return status
 
 
 class _Operations:

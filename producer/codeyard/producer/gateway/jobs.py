@@ -6,6 +6,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.record import Event, JobStatus
 from codeyard.shared.store.port import CancelVerdict
@@ -31,7 +32,7 @@ class AcceptedJob(Protocol):
 class Jobs(Protocol):
     async def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         model: str,
         lane: Lane | str,

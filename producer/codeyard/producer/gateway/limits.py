@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from codeyard.producer.gateway.grouped import Grouped
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import JobTooLarge, QuotaExceeded, RateLimited, StoreUnavailable
-from codeyard.shared.job import JobId, Sampling
+from codeyard.shared.job import JobId, Sampling, estimate_tokens
 from codeyard.shared.limits.port import LimitStore
 from codeyard.shared.limits.rules import Allowance, Bucket, GiveBack, Take, Taken, Verdict, never
 from codeyard.shared.limits.standing import Meter, Standing
@@ -26,7 +27,6 @@ from codeyard.shared.settings import LimitSettings
 
 log = logging.getLogger(__name__)
 
-CHARACTERS_PER_TOKEN = 3.0  # of our own sources: 3.3 with a tokenizer of 32,768 entries, 2.6 with the starter's 2,048
 LIVE_MARGIN_S = 60.0  # past its deadline: a job is expired by then
 QUOTA_RETRY_S = 2  # nobody knows when a job ends
 UNSEEN_S = 60.0  # a job without a record for this long was never submitted: its gateway died in between
@@ -206,10 +206,9 @@ class _Look:
         self.unseen: dict[JobId, float] = {}  # without a record, since when
 
 
-def estimate(prompt: str | Sequence[int], sampling: Sampling) -> int:
+def estimate(prompt: str | Sequence[int] | Chat, sampling: Sampling) -> int:
     """Tokens that a job may use: its prompt, estimated where it is text, and all it may generate."""
-    of_prompt = math.ceil(len(prompt) / CHARACTERS_PER_TOKEN) if isinstance(prompt, str) else len(prompt)
-    return of_prompt + sampling.max_tokens
+    return estimate_tokens(prompt) + sampling.max_tokens
 
 
 def standing_of(take: Take, taken: Taken) -> Standing:

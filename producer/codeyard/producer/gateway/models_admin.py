@@ -18,7 +18,9 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from codeyard.producer.gateway.problems import Refused
+from codeyard.producer.gateway.surface import Route
 from codeyard.producer.gateway.tenancy import TenantJobs
+from codeyard.shared.access.keys import Scope
 from codeyard.shared.alias import Alias
 from codeyard.shared.envelope import new_nonce
 from codeyard.shared.errors import UnknownModel
@@ -52,6 +54,14 @@ class ModelsAdmin:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/admin/models", "GET", Scope.ADMIN, self.models),
+            Route("/v1/admin/models/{alias}", "GET", Scope.ADMIN, self.model),
+            Route("/v1/admin/models/{alias}/rollout", "POST", Scope.ADMIN, self.rollout),
+            Route("/v1/admin/models/{alias}/rollback", "POST", Scope.ADMIN, self.rollback),
+        ]
 
     async def models(self, request: Request, _: TenantJobs) -> Response:
         aliases, notices = await self._store.aliases(), await fleet(self._store)

@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from codeyard.producer.gateway.problems import Refused
 from codeyard.shared.errors import JobNotFound
-from codeyard.shared.job import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, JobId, Lane, Name, Sampling, TokenId
+from codeyard.shared.job import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, JobId, Lane, Name, Prompt, Sampling
 
 BODY_S = 30.0  # for a whole body to arrive
 DISCARD_S = 2.0  # an over-long body is read on for so long, and to so many times the limit, ...
@@ -46,8 +46,7 @@ class SubmitBody(BaseModel):
 
     model: Annotated[Name, Field(description="Alias of a model that a worker serves.")]
     prompt: Annotated[
-        Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)],
-        Field(description="Text, or token ids of the model's own vocabulary."),
+        Prompt, Field(description="Text, token ids of the model's own vocabulary, or a conversation (`messages`).")
     ]
     lane: Annotated[Lane, Field(description="Priority class: interactive before standard before bulk.")] = Lane.STANDARD
     sampling: Annotated[Sampling, Field(description="How to generate; what is left out is the engine's default.")] = (
@@ -186,7 +185,7 @@ def _refusal(errors: list[ErrorDetails]) -> Refused:
     for error in errors:
         where = [str(part) for part in error["loc"]]
         if where[:1] == ["prompt"] and error["type"] != "missing":  # it may be two things, and pydantic reports on both
-            found["prompt"] = "text, or a list of token ids from 0 to 2147483647; not empty"
+            found["prompt"] = "text, a list of token ids from 0 to 2147483647, or a conversation; not empty"
         else:
             found[".".join(where)[:200] or "body"] = error["msg"]
     listed = [{"field": field, "detail": detail} for field, detail in found.items()][:MAX_ERRORS]

@@ -21,6 +21,8 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from codeyard.producer.async_client import AsyncClient
 from codeyard.producer.gateway.access import Access, check_mode, opened_access
 from codeyard.producer.gateway.app import create_app
+from codeyard.producer.gateway.surface import Kit
+from codeyard.producer.gateway.surfaces import surfaces
 from codeyard.producer.gateway.waiting import unless
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
@@ -69,16 +71,15 @@ async def _serve(
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
     metrics = Metrics()
     metrics.watch_process()
+    kit = Kit(settings, metrics, stop, client.store)
     app = create_app(
         client,
-        settings,
+        kit,
         auth=access.auth,
-        store=client.store,
         limits=access.limits,
+        surfaces=surfaces(kit),
         open_metrics=everything.auth.open_metrics,
         probes={"broker": broker.ping, "store": client.store.ping},
-        metrics=metrics,
-        stopping=stop,
     )
     with listen(settings.host, settings.port) as listener:
         url = _url(listener)

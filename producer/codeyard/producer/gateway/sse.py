@@ -1,11 +1,12 @@
 """A job's events as a server-sent event stream (text/event-stream), which ends four ways.
 
-    the job's `end` event     the last frame; an EventSource that comes back gets 204 and stops
+    the last frame            of a job's own events, `end`; an EventSource that comes back gets 204 and stops
     the caller hangs up       everything is let go
     the gateway stops         the response ends; the caller resumes at another with `Last-Event-ID`
     the store stays away      the same
 
-Each frame's `id` is the event's sequence number. Events are read from the store as the caller takes
+`native_frames` are a job's events as they are, each with its sequence number as `id`; other APIs have frames of
+their own. Events are read from the store as the caller takes
 them: a slow reader makes this coroutine wait, and nobody else.
 """
 
@@ -33,37 +34,51 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], *, stopping: asyncio.Event, streams_open: Gauge, heartbeat_s: float
+        self,
+        frames: AsyncGenerator[str, None],
+        *,
+        stopping: asyncio.Event,
+        streams_open: Gauge,
+        heartbeat_s: float,
+        beat: str | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._frames = frames
         self._stopping = stopping
         self._streams_open = streams_open
         self._heartbeat_s = heartbeat_s
+        self._beat_frame = beat or ": still here\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._streams_open.track_inprogress():
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await _write(send, f"retry: {RECONNECT_MS}\n\n")
             try:
                 await unless(self._tell(send), self._beat(send), hung_up(receive), self._stopping.wait())
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                async with asyncio.timeout(TAKE_S):  # a reader that is stuck takes no end either
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
             except TimeoutError:
                 log.warning("stream_reader_stuck", extra={"waited_s": TAKE_S})
 
     async def _tell(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
+        async with aclosing(self._frames) as frames:
             try:
-                async for event in events:
-                    await _write(send, frame(event))
+                async for frame in frames:
+                    await _write(send, frame)
             except FleetError as error:  # the headers are out: ending is all that can be said
                 log.warning("stream_broke_off", extra={"error": str(error)})
 
     async def _beat(self, send: Send) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_s)
-            await _write(send, ": still here\n\n")
+            await _write(send, self._beat_frame)
+
+
+async def native_frames(events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        yield f"retry: {RECONNECT_MS}\n\n"
+        async for event in events:
+            yield frame(event)
 
 
 def frame(event: Event) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from codeyard.producer.gateway.jobs import AcceptedJob, Jobs
 from codeyard.producer.gateway.limits import Admission, Limits, estimate
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import FleetError, JobNotFound
 from codeyard.shared.job import JobId, Lane, Sampling, job_id_for_key, new_job_id
 from codeyard.shared.limits.standing import Standing
@@ -43,7 +44,7 @@ class TenantJobs:
 
     async def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Chat,
         *,
         model: str,
         lane: Lane,

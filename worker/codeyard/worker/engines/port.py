@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from codeyard.shared.chat import Chat, TokenLogprob, ToolCallDelta
 from codeyard.shared.job import JobId, Lane, Sampling
 
 
@@ -46,7 +47,7 @@ class EngineJob:
     """One admitted job. `prefix_token_ids` were generated before and are not generated (or returned) again."""
 
     id: JobId
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] | Chat
     sampling: Sampling
     lane: Lane
     stream: bool  # deltas as they come; else one, at the end
@@ -58,13 +59,17 @@ class EngineJob:
 class Delta:
     """New tokens of one job. `text` lags `token_ids` while a character is incomplete.
 
-    The last delta has `finish_reason` ("stop", "length" or "abort") and `prompt_tokens`.
+    The last delta has `finish_reason` ("stop", "length", "tool_calls" or "abort") and `prompt_tokens`. Of a
+    chat that offers tools, `content` and `tool_calls` say what of the text is for the reader and what calls.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     prompt_tokens: int = 0  # of the job's own prompt, without any prefix
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each token id, where they were asked for
+    content: str | None = None  # None: all of `text`
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

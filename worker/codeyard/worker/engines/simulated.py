@@ -18,8 +18,9 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, SettingsError
-from codeyard.shared.job import JobId, Lane, Sampling
+from codeyard.shared.job import JobId, Lane, Sampling, estimate_tokens
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.models import ModelSource
@@ -31,7 +32,6 @@ Fault = Literal["hang", "die", "fail", "exit"]
 
 CONTEXT_TOKENS = 32_768
 MAX_COMPLETION = 131_072  # tokens a job may ask for
-CHARS_PER_TOKEN = 4  # of a prompt that is text
 MIN_TOKENS, SPREAD_TOKENS = 16, 240  # answers have 16 to 255 tokens unless max_tokens is less
 NAP_S = 0.001  # shorter sleeps are inexact: several steps are made at once instead
 LAG_S = 1.0  # of a process that was held up: time it does not try to make good
@@ -48,7 +48,7 @@ WORDS = (
 
 
 def simulated_completion(
-    prompt: str | tuple[int, ...], max_tokens: int, *, stop: tuple[str, ...] = (), adapter: str | None = None
+    prompt: str | tuple[int, ...] | Chat, max_tokens: int, *, stop: tuple[str, ...] = (), adapter: str | None = None
 ) -> tuple[str, tuple[int, ...], str]:
     """(text, token ids, finish reason) that the simulated engine gives for a prompt: always the same."""
     job = EngineJob("", prompt, Sampling(max_tokens=max_tokens, stop=stop), Lane.STANDARD, stream=False)
@@ -279,8 +279,9 @@ class SimulatedEngine:
             self._leave(order)
 
 
-def _answer(prompt: str | tuple[int, ...], adapter: str | None) -> tuple[int, ...]:
-    asked = prompt if adapter is None else [prompt, adapter]
+def _answer(prompt: str | tuple[int, ...] | Chat, adapter: str | None) -> tuple[int, ...]:
+    said = prompt.model_dump_json(exclude_defaults=True) if isinstance(prompt, Chat) else prompt
+    asked = said if adapter is None else [said, adapter]
     seed = hashlib.sha256(json.dumps(asked).encode()).digest()
     length = MIN_TOKENS + int.from_bytes(seed[:2], "big") % SPREAD_TOKENS
     words = (1 + (seed[n % 32] + n * seed[(n + 1) % 32]) % (len(WORDS) - 1) for n in range(length - 1))
@@ -291,18 +292,14 @@ def _rest_of(job: EngineJob, limit: int) -> tuple[tuple[int, ...], int]:
     """(token ids still to come, tokens to prefill)."""
     adapter = job.adapter.name if job.adapter is not None else None
     _, token_ids, _ = simulated_completion(job.prompt, job.sampling.max_tokens, stop=job.sampling.stop, adapter=adapter)
-    return token_ids[len(job.prefix_token_ids) : limit], _num_tokens(job.prompt) + len(job.prefix_token_ids)
+    return token_ids[len(job.prefix_token_ids) : limit], estimate_tokens(job.prompt) + len(job.prefix_token_ids)
 
 
 def _completion(job: EngineJob, context_tokens: int = CONTEXT_TOKENS + MAX_COMPLETION) -> Completion:
     """Raises JobRejected for a prompt over the context."""
-    stand_in = [END] * _num_tokens(job.prompt)
+    stand_in = [END] * estimate_tokens(job.prompt)
     check_prompt(stand_in, vocabulary=len(WORDS), context_tokens=context_tokens)
     return Completion(job, stand_in, _decode, ends=(END,), context_tokens=context_tokens)
-
-
-def _num_tokens(prompt: str | tuple[int, ...]) -> int:
-    return len(prompt) if isinstance(prompt, tuple) else len(prompt) // CHARS_PER_TOKEN + 1
 
 
 def _decode(token_ids: list[int]) -> str:

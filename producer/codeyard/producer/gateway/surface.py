@@ -1,0 +1,84 @@
+"""A surface: the routes of one API, and how that API says no.
+
+The gateway speaks several APIs over the same jobs. Each is a `Surface`, made from the `Kit` they share; `app`
+checks who is calling and hands every handler the caller's `TenantJobs`. What a handler raises is answered in
+the surface's own words, with the status that `problems.KINDS` gives it.
+Called by: app, and the modules of each API.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from codeyard.producer.gateway.problems import Refused
+from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
+from codeyard.producer.gateway.tenancy import TenantJobs
+from codeyard.producer.gateway.waiting import hung_up, unless
+from codeyard.shared.access.keys import Scope
+from codeyard.shared.errors import FleetError, ResultTimeout
+from codeyard.shared.job import JobId
+from codeyard.shared.record import JobStatus
+from codeyard.shared.settings import GatewaySettings
+from codeyard.shared.store.port import Store
+from codeyard.shared.telemetry import Metrics
+
+TenantHandler = Callable[[Request, TenantJobs], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    path: str  # a template, e.g. "/v1/jobs/{job_id}"
+    method: str
+    scope: Scope
+    handler: TenantHandler
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """`refuse` answers what a handler raised; its `kind_of` is never "internal-error"."""
+
+    routes: Sequence[Route]
+    refuse: Callable[[Refused | FleetError], Response]
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """What the handlers of all surfaces share. `stopping` ends waits and streams, so that callers go elsewhere."""
+
+    settings: GatewaySettings
+    metrics: Metrics
+    stopping: asyncio.Event
+    store: Store
+    heartbeat_s: float = HEARTBEAT_S
+
+    async def final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:
+        """The status once the job is final; None if it goes on, or the gateway stops.
+        Raises ClientDisconnect if there is nobody left to tell; the job goes on."""
+        gone = False
+
+        async def caller_gone() -> None:
+            nonlocal gone
+            await hung_up(request.receive)
+            gone = True
+
+        try:
+            with self.metrics.waits_open.track_inprogress():
+                status = await unless(jobs.wait(job_id, wait_s), caller_gone(), self.stopping.wait())
+        except ResultTimeout:
+            return None
+        if status is None and gone:
+            raise ClientDisconnect
+        return status
+
+    def event_stream(self, frames: AsyncGenerator[str, None], *, beat: str | None = None) -> EventStream:
+        """`frames` as server-sent events; `beat` is the frame that keeps a silent connection open."""
+        return EventStream(
+            frames,
+            stopping=self.stopping,
+            streams_open=self.metrics.streams_open,
+            heartbeat_s=self.heartbeat_s,
+            beat=beat,
+        )

@@ -1,0 +1,9 @@
+"""Which APIs the gateway speaks beside its own: the one place that knows them all. Called by: gateway.serve, tests."""
+
+from collections.abc import Sequence
+
+from codeyard.producer.gateway.surface import Kit, Surface
+
+
+def surfaces(kit: Kit) -> Sequence[Surface]:
+    return ()
