@@ -27,6 +27,8 @@ from codeyard.shared.store.port import (
     QueuedVerdict,
     RecoverVerdict,
     Recovery,
+    Redrive,
+    RedriveVerdict,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -92,8 +94,19 @@ class Calls:
 
     def draw(self, now: float) -> tuple[str, list[Any]]:
         self.now = now
-        names = ("reserve", "mark_queued", "claim", "renew", "append", "commit", "release", "cancel", "recover")
-        name = self.choose.choices(names, weights=(4, 4, 6, 2, 3, 1, 4, 0.5, 6))[0]
+        names = (
+            "reserve",
+            "mark_queued",
+            "claim",
+            "renew",
+            "append",
+            "commit",
+            "release",
+            "cancel",
+            "recover",
+            "redrive",
+        )
+        name = self.choose.choices(names, weights=(4, 4, 6, 2, 3, 1, 4, 1, 6, 3))[0]
         return name, [getattr(self, f"_{name}")(self._job()) for _ in range(self.choose.randint(1, 4))]
 
     def _job(self) -> Job:
@@ -163,6 +176,13 @@ class Calls:
     def _recover(self, job: Job) -> Recovery:
         return Recovery(job.id, self._nonce(), queue_empty=self.choose.choice((None, None, True, False)))
 
+    def _redrive(self, job: Job) -> Redrive:
+        record = self.model.records.get(job.id)
+        lives = [record.incarnation, *(past.incarnation for past in record.history)] if record else []
+        died_in = self.choose.choice((*lives, *lives, 'p"1'))
+        outcome = Result(state=State.FAILED)
+        return Redrive(job, self._digest(job), died_in, outcome, new_nonce(), self._nonce())
+
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[RedisStore]:
@@ -188,6 +208,7 @@ async def test_every_script_decides_as_the_transition_it_ports(store: RedisStore
         *{f"release {verdict}" for verdict in ReleaseVerdict},
         *{f"cancel {verdict}" for verdict in CancelVerdict},
         *{f"recover {verdict}" for verdict in RecoverVerdict},
+        *{f"redrive {verdict}" for verdict in RedriveVerdict},
     }
     assert everything - seen == set(), "these calls never met some verdicts: choose other seeds"
 

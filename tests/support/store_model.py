@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from codeyard.shared.job import Job, JobId
 from codeyard.shared.record import Event, EventKind, Record, Result, State
 from codeyard.shared.store import transitions
-from codeyard.shared.store.port import Append, Claim, Commit, Queued, Recovery, Release, Renewal, Reservation, Timing
+from codeyard.shared.store.port import (
+    Append,
+    Claim,
+    Commit,
+    Queued,
+    Recovery,
+    Redrive,
+    Release,
+    Renewal,
+    Reservation,
+    Timing,
+)
 from support.store_calls import make_job, success
 
 TIMEOUTS_S = (50.0, 700.0, 86_400.0)
@@ -83,8 +94,21 @@ class Plan:
             "release": lambda: Release(job.id, fence, self.publication, float(self.num_events), charge=self.flag),
             "cancel": lambda: job.id,
             "recover": lambda: Recovery(job.id, self.publication, self.answer),
+            "redrive": lambda: Redrive(
+                job,
+                digest,
+                self._died_in(record),
+                Result(state=State.FAILED),
+                f"r-{self.publication}",
+                self.publication,
+            ),
         }
         return requests[self.name]()
+
+    def _died_in(self, record: Record | None) -> str:
+        if record is None or not self.right:
+            return "another life"
+        return record.history[0].incarnation if record.history and self.flag else record.incarnation
 
 
 def plans(name: str) -> st.SearchStrategy[Plan]:
@@ -104,7 +128,7 @@ def plans(name: str) -> st.SearchStrategy[Plan]:
 
 OFTEN = ("claim", "claim", "recover")
 NAMES = st.sampled_from(
-    ("reserve", "mark_queued", "claim", "renew", "append", "commit", "release", "cancel", "recover", *OFTEN)
+    ("reserve", "mark_queued", "claim", "renew", "append", "commit", "release", "cancel", "recover", "redrive", *OFTEN)
 )
 GROUPS = NAMES.flatmap(lambda name: st.lists(plans(name), min_size=1, max_size=4))
 PAUSES_S = st.sampled_from([0.0, 0.0, 1.0, 60.0, 101.0, 145.0, 301.0, 1_000.0, 700_000.0])

@@ -4,6 +4,7 @@
         |          |  ^------'  retry, hand-back, owner lost
         '----------'-----------------------------> cancelled | expired
 
+`redrive` of a dead job is the one way out of a final state: queued again, in a new incarnation.
 All times are seconds since the epoch by the store's clock, durations are seconds. Documented for
 other languages in docs/wire-contract.md. How a record changes is decided in store/transitions.py.
 """
@@ -117,6 +118,19 @@ class Event(BaseModel):
         return _decode(cls, body)
 
 
+class Past(BaseModel):
+    """How an earlier incarnation of a job ended, before it was redriven."""
+
+    model_config = ConfigDict(frozen=True)
+
+    incarnation: str
+    attempt: int
+    result: Result
+
+    def encode(self) -> str:
+        return self.model_dump_json(exclude_none=True)
+
+
 class Record(BaseModel):
     """All the store knows of one job, but for its events.
 
@@ -151,6 +165,7 @@ class Record(BaseModel):
     expires_at: float  # the end of every key of this job
     last_seq: int = 0  # of its events
     result: Result | None = None
+    history: tuple[Past, ...] = ()  # of a redriven job, oldest first
 
     @property
     def lane(self) -> Lane:

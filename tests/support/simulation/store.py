@@ -25,6 +25,8 @@ from codeyard.shared.store.port import (
     QueuedVerdict,
     Recovered,
     Recovery,
+    Redrive,
+    Redriven,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -146,6 +148,9 @@ class MemoryStore:
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
         return await self._steps("recover", group, lambda one: one.job_id)
+
+    async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
+        return await self._steps("redrive", group, lambda one: one.job.id)
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
         return await self._link.call("store.read", group, lambda ids: [self._server.find(one) for one in ids])

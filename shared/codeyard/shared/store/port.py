@@ -210,6 +210,35 @@ class Recovered:
     record: Record | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Redrive:
+    """Run a dead job once more. `job`, `digest` and `died_in` (its incarnation) come from the dead letter,
+    and so does `outcome`, which stands in where the record is gone; `incarnation` and `publication` are
+    fresh. To be published under `publication` afterwards, then `mark_queued`."""
+
+    job: Job
+    digest: str
+    died_in: str
+    outcome: Result
+    incarnation: str
+    publication: str
+
+
+class RedriveVerdict(StrEnum):
+    REDRIVEN = "redriven"  # queued in a new incarnation, by this call or one whose publish is not known of: publish it
+    ALREADY = "already"  # redriven before, and published: the letter is done with
+    LIVE = "live"  # not final: its worker died before it could commit, or is about to
+    ENDED = "ended"  # succeeded or cancelled after all
+    SUPERSEDED = "superseded"  # another incarnation that did not come from this letter has the id
+    CONFLICT = "conflict"  # another body has the id
+
+
+@dataclass(frozen=True, slots=True)
+class Redriven:
+    verdict: RedriveVerdict
+    record: Record | None = None  # of REDRIVEN: what to publish
+
+
 class Wakeup(Protocol):
     async def wait(self, timeout_s: float) -> None:
         """Return when the job may have changed, or after `timeout_s`. A hint: always read after."""
@@ -250,6 +279,9 @@ class Store(Protocol):
         """Jobs whose `check_at` has passed, oldest first."""
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]: ...
+
+    async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
+        """The one way out of a final state: failed or expired, to queued. Twice with the same letter is once."""
 
     async def recent(self, limit: int) -> list[Record]:
         """The newest records, newest first; for people, so bounded and approximate."""

@@ -38,6 +38,8 @@ from codeyard.shared.store.port import (
     QueuedVerdict,
     Recovered,
     Recovery,
+    Redrive,
+    Redriven,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -146,6 +148,10 @@ class RedisStore:
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
         outcomes = await self._call("recover", group, codec.recovery)
         return [codec.recovered(*outcome) for outcome in outcomes]
+
+    async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
+        outcomes = await self._call("redrive", group, codec.redrive, before_ack=True)
+        return [codec.redriven(*outcome) for outcome in outcomes]
 
     # Reading ---------------------------------------------------------------------------------------
 

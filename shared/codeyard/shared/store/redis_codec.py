@@ -1,10 +1,12 @@
 """Requests as script arguments, and what scripts and hashes hold as records.
 
 A record is a hash with one field per `Record` field: the job and the result as JSON text, times as
-decimal seconds, whole numbers as decimal text, flags as 0 or 1, and "" for no result. The other side
+decimal seconds, whole numbers as decimal text, flags as 0 or 1, and "" for no result. `history` is a JSON
+list of texts, one per earlier life, each JSON itself, so that Lua never has to write a result anew. The other side
 of every function here is a script in lua/. Called by: store.redis.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from codeyard.shared.errors import MalformedMessage
 from codeyard.shared.job import MAX_TIMEOUT_S, Job, JobId
-from codeyard.shared.record import Event, Record, Result
+from codeyard.shared.record import Event, Past, Record, Result
 from codeyard.shared.store.port import (
     Append,
     Claim,
@@ -26,6 +28,9 @@ from codeyard.shared.store.port import (
     Recovered,
     RecoverVerdict,
     Recovery,
+    Redrive,
+    Redriven,
+    RedriveVerdict,
     Release,
     Renewal,
     Renewed,
@@ -34,7 +39,7 @@ from codeyard.shared.store.port import (
     ReserveVerdict,
     Timing,
 )
-from codeyard.shared.store.transitions import MAX_QUEUE_CHECK_S, NEVER_PUBLISHED, REPUBLISH_RETRY_S
+from codeyard.shared.store.transitions import MAX_HISTORY, MAX_QUEUE_CHECK_S, NEVER_PUBLISHED, REPUBLISH_RETRY_S
 
 NUM_RECENT = 256  # per shard; people look at the newest few hundred of the fleet
 FIELDS = (  # in the order of `ALL` in lua/prelude.lua
@@ -62,6 +67,7 @@ FIELDS = (  # in the order of `ALL` in lua/prelude.lua
     "expires_at",
     "last_seq",
     "result",
+    "history",
 )
 
 Request = dict[str, Any]
@@ -79,6 +85,7 @@ def protocol(timing: Timing) -> dict[str, Any]:
         "max_queue_check_s": MAX_QUEUE_CHECK_S,
         "republish_retry_s": REPUBLISH_RETRY_S,
         "never_published": NEVER_PUBLISHED,
+        "max_history": MAX_HISTORY,
         "num_recent": NUM_RECENT,
     }
 
@@ -160,6 +167,20 @@ def recovery(request: Recovery) -> Request:
     return fields
 
 
+def redrive(request: Redrive) -> Request:
+    job = request.job
+    return {
+        "id": job.id,
+        "body": job.encode(),
+        "digest": request.digest,
+        "publication": request.publication,
+        "incarnation": request.incarnation,
+        "died_in": request.died_in,
+        "result": request.outcome.encode().encode(),
+        "timeout_s": job.timeout_s,
+    }
+
+
 def _events(events: Sequence[Event]) -> list[Request]:
     return [{"seq": event.seq, "body": event.encode().encode()} for event in events]
 
@@ -201,6 +222,10 @@ def recovered(verdict: str, stored: Stored | None = None) -> Recovered:
     return Recovered(RecoverVerdict(verdict), record(stored) if stored else None)
 
 
+def redriven(verdict: str, stored: Stored | None = None) -> Redriven:
+    return Redriven(RedriveVerdict(verdict), record(stored) if stored else None)
+
+
 def record(stored: Stored, *, job: Job | None = None) -> Record:
     """Raises MalformedMessage if the hash is not one of ours. `job` stands in for a text left out."""
     fields: dict[str, object] = {name: text for name, text in zip(FIELDS, stored, strict=True) if text is not False}
@@ -208,8 +233,12 @@ def record(stored: Stored, *, job: Job | None = None) -> Record:
     fields["job"] = Job.decode(body.encode()) if body or job is None else job
     fields["result"] = Result.decode(result) if result else None
     try:
+        lives = json.loads(str(fields.get("history") or "[]"))
+        fields["history"] = [Past.model_validate_json(life) for life in lives]
         return Record.model_validate(fields)
-    except ValidationError as error:
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise MalformedMessage(f"not a stored record: history: {error}") from None
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise MalformedMessage(f"not a stored record: {where}: {first['msg']}") from None

@@ -36,6 +36,8 @@ from codeyard.shared.store.port import (
     QueuedVerdict,
     Recovered,
     Recovery,
+    Redrive,
+    Redriven,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -106,6 +108,9 @@ class SqliteStore:
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
         return await self._steps(group, lambda one: one.job_id, transitions.recover)
+
+    async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
+        return await self._steps(group, lambda one: one.job.id, transitions.redrive)
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
         def work(db: sqlite3.Connection, now: float) -> list[Record | None]:

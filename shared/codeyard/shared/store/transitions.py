@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from codeyard.shared.job import MAX_TIMEOUT_S
-from codeyard.shared.record import Event, EventKind, Failure, Record, Result, State
+from codeyard.shared.record import Event, EventKind, Failure, Past, Record, Result, State
 from codeyard.shared.store.port import (
     Append,
     AppendVerdict,
@@ -26,6 +26,9 @@ from codeyard.shared.store.port import (
     Recovered,
     RecoverVerdict,
     Recovery,
+    Redrive,
+    Redriven,
+    RedriveVerdict,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -39,6 +42,7 @@ from codeyard.shared.store.port import (
 MAX_QUEUE_CHECK_S = 600.0
 REPUBLISH_RETRY_S = 5.0  # a reconciler that died between its decision and its publish is followed by another
 NEVER_PUBLISHED = "never_published"
+MAX_HISTORY = 16  # earlier lives of a redriven job that its record keeps, the newest
 
 OutcomeT = TypeVar("OutcomeT")
 
@@ -231,13 +235,43 @@ def recover(record: Record | None, request: Recovery, now: float, timing: Timing
     if record.state is State.RESERVED:
         reason = "the broker never confirmed it; submit it again"
         return _ended(record, State.EXPIRED, NEVER_PUBLISHED, reason, now, Recovered(RecoverVerdict.EXPIRED))
-    if record.state is State.RUNNING or request.queue_empty:
+    if record.state is State.RUNNING or _is_unpublished(record) or request.queue_empty:
         later = _changed(record, check_at=min(record.deadline_at, now + REPUBLISH_RETRY_S))
         return Step(Recovered(RecoverVerdict.REPUBLISH, later), later)
     if request.queue_empty is None:
         return Step(Recovered(RecoverVerdict.ASK_QUEUE, record))
     wait_s = min(MAX_QUEUE_CHECK_S, max(timing.queue_check_s, now - record.queued_at))
     return Step(Recovered(RecoverVerdict.NOT_DUE), _changed(record, check_at=min(record.deadline_at, now + wait_s)))
+
+
+def redrive(record: Record | None, request: Redrive, now: float, timing: Timing) -> Step[Redriven]:
+    """A dead job runs once more under its id: a new incarnation, the old outcome kept in its history.
+
+    From here on it is an accepted job again. Whoever redrives publishes it, and the reconciler does if that
+    one dies before `mark_queued`. Repeated until then it is told to be published again, never run twice:
+    the claim table takes one publication. Events begin anew; those of the old life are dropped.
+    """
+    if record is None:
+        return _lives_again(
+            request, (Past(incarnation=request.died_in, attempt=0, result=request.outcome),), now, timing
+        )
+    if record.digest != request.digest:
+        return Step(Redriven(RedriveVerdict.CONFLICT))
+    unused = record.state is State.EXPIRED and record.counter == 0  # a redrive that no worker ever saw
+    if record.incarnation != request.died_in:
+        if request.died_in not in {past.incarnation for past in record.history}:
+            return Step(Redriven(RedriveVerdict.SUPERSEDED))
+        if _is_unpublished(record):
+            return Step(Redriven(RedriveVerdict.REDRIVEN, record))
+        if not unused:
+            return Step(Redriven(RedriveVerdict.ALREADY))
+    elif not record.state.final:
+        return Step(Redriven(RedriveVerdict.LIVE))
+    elif record.state not in (State.FAILED, State.EXPIRED):
+        return Step(Redriven(RedriveVerdict.ENDED))
+    assert record.result is not None  # of every final record
+    past = Past(incarnation=record.incarnation, attempt=record.attempt, result=record.result)
+    return _lives_again(request, (*record.history, past)[-MAX_HISTORY:], now, timing)
 
 
 # Helpers -------------------------------------------------------------------------------------------
@@ -254,6 +288,11 @@ def _owns(record: Record, fence: str) -> bool:
 def _was_never_accepted(record: Record) -> bool:
     error = record.result.error if record.result else None
     return record.state is State.EXPIRED and error is not None and error.code == NEVER_PUBLISHED
+
+
+def _is_unpublished(record: Record) -> bool:
+    """Redriven, and its publish not known to be confirmed. Any other queued job has been queued at some time."""
+    return record.state is State.QUEUED and record.queued_at == 0
 
 
 def _continues(last_seq: int, events: Sequence[Event]) -> bool:
@@ -293,6 +332,24 @@ def _from_message(request: Claim, now: float, timing: Timing) -> Record:
         deadline_at=deadline_at,
         expires_at=deadline_at + timing.longest_run_s + timing.retention_s,
     )
+
+
+def _lives_again(request: Redrive, history: tuple[Past, ...], now: float, timing: Timing) -> Step[Redriven]:
+    deadline_at = now + request.job.timeout_s
+    record = Record(
+        id=request.job.id,
+        state=State.QUEUED,
+        job=request.job.model_copy(),  # how the adapters tell a new life, whose events begin anew
+        digest=request.digest,
+        incarnation=request.incarnation,
+        publication=request.publication,
+        created_at=now,
+        deadline_at=deadline_at,
+        check_at=min(deadline_at, now + REPUBLISH_RETRY_S),
+        expires_at=deadline_at + timing.longest_run_s + timing.retention_s,
+        history=history,
+    )
+    return Step(Redriven(RedriveVerdict.REDRIVEN, record), record)
 
 
 def _claimed(verdict: ClaimVerdict, record: Record, now: float) -> Claimed:

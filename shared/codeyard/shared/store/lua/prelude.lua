@@ -29,12 +29,12 @@ local KIND = {
   fence = "text", counter = "whole", owner = "text", lease_until = "time", attempt = "whole", crashes = "whole",
   alone = "flag", alone_crashes = "whole", cancel_requested = "flag", created_at = "time", queued_at = "time",
   started_at = "time", finished_at = "time", deadline_at = "time", check_at = "time", expires_at = "time",
-  last_seq = "whole", result = "text",
+  last_seq = "whole", result = "text", history = "text",
 }
 local ALL = {
   "id", "state", "job", "digest", "incarnation", "publication", "fence", "counter", "owner", "lease_until", "attempt",
   "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "started_at", "finished_at",
-  "deadline_at", "check_at", "expires_at", "last_seq", "result",
+  "deadline_at", "check_at", "expires_at", "last_seq", "result", "history",
 }
 local FINAL = { succeeded = true, failed = true, cancelled = true, expired = true }
 
@@ -97,7 +97,7 @@ local function new_record(job, fields)
   change(record, {
     id = job.id, fence = "", counter = 0, owner = "", lease_until = 0, attempt = 0, crashes = 0, alone = false,
     alone_crashes = 0, cancel_requested = false, queued_at = 0, started_at = 0, finished_at = 0, check_at = 0,
-    last_seq = 0, result = "",
+    last_seq = 0, result = "", history = "",
   })
   change(record, fields)
   return setmetatable(record, STRICT)
@@ -171,6 +171,11 @@ local function fresh_of(record, events)
     if event.seq > record.last_seq then fresh[#fresh + 1] = event end
   end
   return fresh
+end
+
+-- Redriven, and its publish not known to be confirmed.
+local function is_unpublished(record)
+  return record.state == "queued" and record.queued_at == 0
 end
 
 local function continues(last_seq, events)

@@ -27,7 +27,7 @@ return each_job(function(job, request)
     end_as(job, record, "expired", timing.never_published, "the broker never confirmed it; submit it again")
     return { "expired" }
   end
-  if record.state == "running" or queue_empty then
+  if record.state == "running" or is_unpublished(record) or queue_empty then
     change(record, { check_at = math.min(record.deadline_at, now + timing.republish_retry_s) })
     save(job, record)
     return { "republish", load_stored(job) }
