@@ -22,12 +22,13 @@ from codeyard.shared.errors import FleetError, JobNotFound
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
 from codeyard.shared.reading import follow, wait_final
 from codeyard.shared.record import Event, EventKind, JobStatus, Result
-from codeyard.shared.settings import Settings, load
+from codeyard.shared.settings import Settings, StoreSettings, load
 from codeyard.shared.store.port import CancelVerdict, Store
 from codeyard.shared.topology import Topology
 
 T = TypeVar("T")
 OpenPublisher = Callable[[Settings, Topology], Awaitable[Publisher]]
+OpenStore = Callable[[StoreSettings, Topology], Awaitable[Store]]
 
 
 class AsyncClient:
@@ -47,12 +48,14 @@ class AsyncClient:
         settings: Settings | None = None,
         timeout_s: float = 15.0,
         open_publisher: OpenPublisher | None = None,
+        open_store: OpenStore = open_store,
     ) -> None:
         self.settings = with_urls(settings or load(), broker_url, store_url, namespace)
         self.topology = Topology(self.settings.namespace)
         self._tenant = tenant
         self._timeout_s = timeout_s
         self._open_publisher = open_publisher or _open_broker
+        self._open_store = open_store
         self._stack = AsyncExitStack()
         self._publisher: Publisher | None = None
         self._store: Store | None = None
@@ -61,7 +64,7 @@ class AsyncClient:
     async def open(self) -> Self:
         """Connect. Raises BrokerUnavailable, StoreUnavailable, SettingsError."""
         try:
-            self._store = await open_store(self.settings.store, self.topology)
+            self._store = await self._open_store(self.settings.store, self.topology)
             self._stack.push_async_callback(self._store.close)
             self._publisher = await self._open_publisher(self.settings, self.topology)
             self._stack.push_async_callback(self._publisher.close)

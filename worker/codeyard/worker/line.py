@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.notice import ModelNotice
-from codeyard.shared.settings import Settings
+from codeyard.shared.settings import AdmissionSettings, Settings
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
 from codeyard.shared.topology import Topology
 from codeyard.worker.catalogue import Served
+from codeyard.worker.engines.port import EngineInfo
 from codeyard.worker.events import EventWriter
 from codeyard.worker.hand import Hand
 from codeyard.worker.held import HeldJob
@@ -32,7 +33,9 @@ from codeyard.worker.leases import LeaseKeeper
 from codeyard.worker.memory_watch import MemoryDecision
 from codeyard.worker.patience import persist
 from codeyard.worker.runner import EngineLease, Runner
+from codeyard.worker.scheduling.port import Scheduler
 from codeyard.worker.scheduling.select import make_scheduler
+from codeyard.worker.scheduling.step_time import StepCost
 from codeyard.worker.settler import Settler
 from codeyard.worker.warmup import step_cost
 
@@ -53,6 +56,7 @@ class Plant:
     leases: LeaseKeeper
     owner: str  # this worker's name; unique for every process ever started
     on_job_ended: Callable[[], None] = lambda: None
+    schedule: Callable[[AdmissionSettings, EngineInfo, StepCost], Scheduler] = make_scheduler
 
     def queues_of(self, revision: str) -> dict[Lane, tuple[str, ...]]:
         """Every shard of every lane that this worker serves."""
@@ -154,7 +158,7 @@ class Line:
         writer = EventWriter(plant.store, flush_s=worker.flush_s, on_fenced=self.lose)
         runner = self._runner = Runner(
             self.lease,
-            make_scheduler(plant.settings.admission, info, prior),
+            plant.schedule(plant.settings.admission, info, prior),
             plant.store,
             settler,
             writer,
