@@ -88,6 +88,16 @@ async def test_three_hundred_jobs_of_all_lanes_each_get_their_own_answer(backend
     assert [result.text for result in results] == [simulated_completion(prompt, 20)[0] for prompt in prompts]
 
 
+async def test_a_job_of_no_tokens_counts_its_prompt(embedded: Backend) -> None:
+    """What a gateway answers a question for a prompt's length with."""
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        job = await client.submit("x" * 30, stream=True, sampling={"max_tokens": 0})
+        result = await job.result(timeout=20)
+
+    assert (result.state, result.text, result.finish_reason) == (State.SUCCEEDED, "", "length")
+    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (10, 0)
+
+
 async def test_the_same_key_attaches_and_replays_the_same_result(backend: Backend) -> None:
     """A caller that retries must get the job it has, not a second one."""
     async with worker_task(backend.settings()), backend.client() as client:

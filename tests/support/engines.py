@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import EngineDead, JobFailed, JobRejected
 from codeyard.shared.job import Lane, Sampling
 from codeyard.shared.settings import EngineSettings
@@ -24,7 +25,7 @@ PROMPT_TOKENS = 9
 PATIENCE_S = 60.0
 
 
-def job(name: str, prompt: str | tuple[int, ...] = PROMPT, *, stream: bool = False, **changes: Any) -> EngineJob:
+def job(name: str, prompt: str | tuple[int, ...] | Chat = PROMPT, *, stream: bool = False, **changes: Any) -> EngineJob:
     prefix = changes.pop("prefix", ())
     lane = changes.pop("lane", Lane.STANDARD)
     adapter = changes.pop("adapter", None)
@@ -121,6 +122,14 @@ class EngineContract:
         """Its owner died before the commit: nothing may be added."""
         whole = await run(engine, job("complete"))
         assert await run(engine, job("again", prefix=ids_of(whole))) == [Delta("", (), "length", PROMPT_TOKENS)]
+
+    async def test_a_prompt_is_counted_without_generating(self, engine: Engine) -> None:
+        """Of `max_tokens` 0, also a prompt that the model could not answer: its length is what is asked for."""
+        counted = await run(engine, job("counted", max_tokens=0))
+        long = await run(engine, job("long", tuple(range(5, 405)), max_tokens=0, stream=True))
+        assert counted == [Delta("", (), "length", PROMPT_TOKENS)]
+        assert long == [Delta("", (), "length", 400)]
+        assert engine.load().waiting == 0
 
     async def test_a_stop_string_ends_it(self, engine: Engine) -> None:
         """And is not part of the text, streamed or not."""

@@ -181,6 +181,14 @@ async def test_a_prompt_over_the_context_is_rejected() -> None:
     await one.close()
 
 
+async def test_a_prompt_is_counted_without_generating() -> None:
+    """As by every engine, one over the context too: its length is what is asked for."""
+    one = engine(max_model_len=10)
+    assert await run(one, job("counted", "x" * 30, max_tokens=0)) == [Delta("", (), "length", 10)]
+    assert one.load().steps == 0
+    await one.close()
+
+
 def table_with(faults: dict[str, str], directory: Path) -> Path:
     shipped = Path(sys.modules["codeyard.worker.simulation.latency"].__file__ or "").parents[1] / "data"
     table = json.loads((shipped / "vllm-h200-qwen2.5-7b.json").read_text())

@@ -51,21 +51,18 @@ async def execute(
     error: Exception | None = None
     try:
         await _prepare(held, store, alone=held.suspect and batch_size == 1)
-        if len(held.log.token_ids) >= held.job.sampling.max_tokens:
-            finish_reason = "length"  # complete: its earlier owner died before the commit
-        else:
-            async with asyncio.timeout(held.deadline_s - time.monotonic()):
-                deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, adapters)))
-                async with aclosing(deltas):
-                    async for delta in deltas:
-                        if delta.token_ids and first_s is None:
-                            first_s = time.monotonic()
-                            if not held.log.token_ids:
-                                held.first_token_s = first_s
-                        held.log.add(delta)
-                        on_delta(held, delta)
-                        if delta.finish_reason is not None:
-                            finish_reason, prompt_tokens = delta.finish_reason, delta.prompt_tokens
+        async with asyncio.timeout(held.deadline_s - time.monotonic()):
+            deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, adapters)))
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    if delta.token_ids and first_s is None:
+                        first_s = time.monotonic()
+                        if not held.log.token_ids:
+                            held.first_token_s = first_s
+                    held.log.add(delta)
+                    on_delta(held, delta)
+                    if delta.finish_reason is not None:
+                        finish_reason, prompt_tokens = delta.finish_reason, delta.prompt_tokens
     except asyncio.CancelledError:
         if not held.abandoned:
             raise
@@ -77,6 +74,9 @@ async def execute(
     result = Result(
         state=State.SUCCEEDED,
         text=held.log.text,
+        content=held.log.said.content,
+        tool_calls=held.log.said.tool_calls,
+        logprobs=tuple(held.log.said.logprobs),
         finish_reason=finish_reason,
         usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=len(held.log.token_ids)),
         engine=engine.info.version,

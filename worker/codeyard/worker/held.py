@@ -7,11 +7,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from codeyard.shared.broker.port import Delivery
+from codeyard.shared.chat import Chat, TokenLogprob, ToolCall, ToolCallDelta
 from codeyard.shared.envelope import Envelope
 from codeyard.shared.job import Job, JobId
 from codeyard.shared.record import Event, EventKind, Result
 from codeyard.shared.store.port import Claimed
 from codeyard.worker.engines.port import Delta
+
+
+@dataclass(slots=True, eq=False)
+class Said:
+    """What a row of deltas says together. Pieces of one call that follow each other are joined."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    content: str | None = None  # None: no delta had any; all of `text`
+    calls: list[ToolCallDelta] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.token_ids or self.content or self.calls)
+
+    def add(self, said: Delta | Event) -> None:
+        self.text += said.text
+        self.token_ids.extend(said.token_ids)
+        if said.content is not None:
+            self.content = (self.content or "") + said.content
+        for piece in said.tool_calls:
+            if self.calls and piece.id is None and self.calls[-1].index == piece.index:
+                last = self.calls.pop()
+                piece = last.model_copy(update={"arguments": last.arguments + piece.arguments})
+            self.calls.append(piece)
+        self.logprobs.extend(said.logprobs)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Whole, in the order of their indices."""
+        pieces: dict[int, list[ToolCallDelta]] = {}
+        for piece in self.calls:
+            pieces.setdefault(piece.index, []).append(piece)
+        return tuple(
+            ToolCall(id=of[0].id or "", name=of[0].name or "", arguments="".join(piece.arguments for piece in of))
+            for _, of in sorted(pieces.items())
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -24,48 +62,60 @@ class TokenLog:
 
     last_seq: int  # of the events made so far
     revision: str | None = None  # said with the first event made here
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    said: Said = field(default_factory=Said)
     unsent: list[Event] = field(default_factory=list)
-    _text: str = ""
-    _token_ids: list[int] = field(default_factory=list)
+    _news: Said = field(default_factory=Said)
+
+    @property
+    def text(self) -> str:
+        return self.said.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.said.token_ids
 
     def add(self, delta: Delta) -> None:
-        self.text += delta.text
-        self.token_ids.extend(delta.token_ids)
-        self._text += delta.text
-        self._token_ids.extend(delta.token_ids)
+        self.said.add(delta)
+        self._news.add(delta)
 
     def resume(self, events: Sequence[Event]) -> None:
         """Take over what an earlier owner streamed."""
         for event in events:
             if event.kind is EventKind.RESTARTED:
-                self.text, self.token_ids = "", []
+                self.said = Said()
             elif event.kind is EventKind.TOKENS:
-                self.text += event.text
-                self.token_ids.extend(event.token_ids)
+                self.said.add(event)
 
     def restart(self) -> None:
         """Generation begins again; readers who saw something are told."""
         seen = self.last_seq > 0
-        self.text, self.token_ids, self._text, self._token_ids = "", [], "", []
+        self.said, self._news = Said(), Said()
         if seen:
-            self._append(EventKind.RESTARTED)
+            self._append(EventKind.RESTARTED, Said())
 
     def flush(self) -> Sequence[Event]:
         """Every event the store has not confirmed, the newest tokens included."""
-        if self._token_ids or self._text:
-            self._append(EventKind.TOKENS, self._text, tuple(self._token_ids))
-            self._text, self._token_ids = "", []
+        if self._news:
+            self._append(EventKind.TOKENS, self._news)
+            self._news = Said()
         return tuple(self.unsent)
 
     def confirmed(self, events: Sequence[Event]) -> None:
         last = events[-1].seq if events else 0
         self.unsent = [event for event in self.unsent if event.seq > last]
 
-    def _append(self, kind: EventKind, text: str = "", token_ids: tuple[int, ...] = ()) -> None:
+    def _append(self, kind: EventKind, said: Said) -> None:
         self.last_seq += 1
-        event = Event(seq=self.last_seq, kind=kind, text=text, token_ids=token_ids, revision=self.revision)
+        event = Event(
+            seq=self.last_seq,
+            kind=kind,
+            text=said.text,
+            token_ids=tuple(said.token_ids),
+            content=said.content,
+            tool_calls=tuple(said.calls),
+            logprobs=tuple(said.logprobs),
+            revision=self.revision,
+        )
         self.revision = None
         self.unsent.append(event)
 
@@ -113,9 +163,13 @@ class HeldJob:
 
     @property
     def continuable(self) -> bool:
-        """Whether generation can go on from tokens an earlier run left: a seed starts a generator of its
-        own, and stop strings hold text back, so those start over."""
-        return self.job.sampling.seed is None and not self.job.sampling.stop
+        """Whether generation can go on from tokens an earlier run left. A seed starts a generator of its own, a
+        format its grammar and a reader of calls its text from the beginning, and the log probabilities of
+        those tokens are gone: such a job starts over."""
+        asked, prompt = self.job.sampling, self.job.prompt
+        afresh = (asked.seed, asked.output_format, asked.logprobs)
+        reads_calls = isinstance(prompt, Chat) and prompt.offers_tools
+        return not asked.stop and all(one is None for one in afresh) and not reads_calls
 
 
 @dataclass(frozen=True, slots=True)

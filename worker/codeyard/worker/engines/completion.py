@@ -7,6 +7,7 @@ worker goes on at the very character where the first one was lost.
 
 from collections.abc import Callable, Collection, Sequence
 
+from codeyard.shared.chat import TokenLogprob
 from codeyard.shared.errors import JobRejected
 from codeyard.worker.engines.port import Delta, EngineJob
 
@@ -17,13 +18,13 @@ WINDOW_IDS = 24  # decoded again with each new token, at most
 Decode = Callable[[list[int]], str]
 
 
-def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context_tokens: int) -> None:
-    """Raises JobRejected for a prompt that the model can never take."""
+def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context_tokens: int, only_count: bool = False) -> None:
+    """Raises JobRejected for a prompt that the model can never take. One that is only counted may be too long."""
     if not prompt_ids:
         raise JobRejected("invalid_prompt", "the prompt has no tokens")
     if (foreign := max(prompt_ids)) >= vocabulary:
         raise JobRejected("invalid_prompt", f"token {foreign} is outside the model's vocabulary of {vocabulary}")
-    if len(prompt_ids) >= context_tokens:
+    if len(prompt_ids) >= context_tokens and not only_count:
         text = f"the prompt has {len(prompt_ids)} tokens; with its answer the model takes {context_tokens}"
         raise JobRejected("prompt_too_long", text)
 
@@ -33,7 +34,7 @@ class Completion:
 
     `decode` turns ids into text without special tokens. `ends` are the model's end-of-text ids. The
     job's prefix is replayed, its text counts as given. Ends by itself at a stop string (which is cut
-    off), an end-of-text id, or `limit` tokens.
+    off), an end-of-text id, or `limit` tokens; where none are asked for before the first.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Completion:
         self._num_prompt = len(prompt_ids)
         self.limit = min(job.sampling.max_tokens, context_tokens - len(prompt_ids))
         self.token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []  # not given yet
         self.finish_reason: str | None = None
         self._text = _Text(decode, prompt_ids[-CONTEXT_IDS:])
         self._unstopped = ""  # decoded but not given: a stop string may begin in it
@@ -58,13 +60,16 @@ class Completion:
         """Tokens it may still take."""
         return self.limit - len(self.token_ids)
 
-    def push(self, token_ids: Sequence[int]) -> None:
-        """New tokens. What follows the end is dropped. With stop strings each token is looked at alone,
-        so that where it ends does not depend on how many came together."""
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """New tokens, and where they were asked for one log probability for each. What follows the end is
+        dropped. With stop strings each token is looked at alone, so that where it ends does not depend on how
+        many came together."""
         step = 1 if self._stop else max(1, len(token_ids))
+        num_before = len(self.token_ids)
         for start in range(0, len(token_ids), step):
             if self.finish_reason is None:
                 self._take(token_ids[start : start + step])
+        self._logprobs.extend(logprobs[: len(self.token_ids) - num_before])
         if not token_ids and self.room <= 0:
             self._finish("length")
 
@@ -83,8 +88,9 @@ class Completion:
             token_ids=tuple(self.token_ids[self._num_given :]),
             finish_reason=self.finish_reason,
             prompt_tokens=self._num_prompt if ended else 0,
+            logprobs=tuple(self._logprobs),
         )
-        self._ready, self._num_given = "", len(self.token_ids)
+        self._ready, self._num_given, self._logprobs = "", len(self.token_ids), []
         return delta
 
     def _take(self, token_ids: Sequence[int]) -> None:

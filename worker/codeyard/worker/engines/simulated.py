@@ -135,7 +135,7 @@ class SimulatedEngine:
         self._check_awake()
         completion = _completion(job, self.info.context_tokens)
         if (delta := completion.delta()) is not None:
-            yield delta  # it was complete with what an earlier run had generated
+            yield delta  # complete with what an earlier run had generated, or only counted
             return
         fault = self._fault(job)
         if fault == "exit":
@@ -298,7 +298,8 @@ def _rest_of(job: EngineJob, limit: int) -> tuple[tuple[int, ...], int]:
 def _completion(job: EngineJob, context_tokens: int = CONTEXT_TOKENS + MAX_COMPLETION) -> Completion:
     """Raises JobRejected for a prompt over the context."""
     stand_in = [END] * estimate_tokens(job.prompt)
-    check_prompt(stand_in, vocabulary=len(WORDS), context_tokens=context_tokens)
+    only_count = job.sampling.max_tokens == 0
+    check_prompt(stand_in, vocabulary=len(WORDS), context_tokens=context_tokens, only_count=only_count)
     return Completion(job, stand_in, _decode, ends=(END,), context_tokens=context_tokens)
 
 

@@ -70,7 +70,8 @@ class TorchModel:
     def row(self, serial: int, job: EngineJob) -> Row:
         """Ready to run. Raises JobRejected for a prompt that the model can never take."""
         ids = list(job.prompt) if isinstance(job.prompt, tuple) else self._tokenizer.encode(job.prompt)
-        check_prompt(ids, vocabulary=self._vocabulary, context_tokens=self.context_tokens)
+        only_count = job.sampling.max_tokens == 0
+        check_prompt(ids, vocabulary=self._vocabulary, context_tokens=self.context_tokens, only_count=only_count)
         completion = Completion(job, ids, self._decode, ends=self._ends, context_tokens=self.context_tokens)
         return Row(serial, ids, completion, RowSampling(job.sampling, self.device))
 

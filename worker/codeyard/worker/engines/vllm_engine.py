@@ -99,10 +99,15 @@ class VllmEngine:
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_alive()
         prompt_ids = await self._tokenize(job)
-        check_prompt(prompt_ids, vocabulary=self._vocabulary, context_tokens=self.info.context_tokens)
+        check_prompt(
+            prompt_ids,
+            vocabulary=self._vocabulary,
+            context_tokens=self.info.context_tokens,
+            only_count=job.sampling.max_tokens == 0,
+        )
         completion = Completion(job, prompt_ids, self._decode, ends=self._ends, context_tokens=self.info.context_tokens)
         if (delta := completion.delta()) is not None:
-            yield delta  # it was complete with what an earlier run had generated
+            yield delta  # complete with what an earlier run had generated, or only counted
             return
         request_id = f"{job.id}:{next(self._serials)}"
         self._ids[request_id] = job.id
