@@ -55,7 +55,9 @@ class Witness:
 
     def _check_step(self, previous: Record, record: Record) -> None:
         if record.incarnation != previous.incarnation or record.created_at != previous.created_at:
-            assert was_never_accepted(previous), "only a job that was never accepted may be made anew"
+            assert was_never_accepted(previous) or was_redriven(previous, record), (
+                "only a job that was never accepted may be made anew, or one that died"
+            )
             return
         assert not previous.state.final, "a final record changed"
         assert record.job is previous.job
@@ -69,6 +71,11 @@ class Witness:
 def was_never_accepted(record: Record) -> bool:
     error = record.result.error if record.result else None
     return record.state is State.EXPIRED and error is not None and error.code == NEVER_PUBLISHED
+
+
+def was_redriven(previous: Record, record: Record) -> bool:
+    dead = previous.state in (State.FAILED, State.EXPIRED)
+    return dead and bool(record.history) and record.history[-1].result == previous.result
 
 
 @settings(max_examples=300, deadline=None)

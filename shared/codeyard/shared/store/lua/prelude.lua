@@ -208,7 +208,7 @@ end
 -- The store's own results; `code` and `message` hold nothing that JSON would escape.
 local function end_as(job, record, state, code, message)
   local result = string.format(
-    '{"v":1,"state":"%s","text":"","usage":{"prompt_tokens":0,"completion_tokens":0},'
+    '{"v":1,"state":"%s","text":"","tool_calls":[],"logprobs":[],"usage":{"prompt_tokens":0,"completion_tokens":0},'
       .. '"error":{"code":"%s","message":"%s"}}',
     state, code, message
   )
