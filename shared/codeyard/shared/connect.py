@@ -4,6 +4,7 @@ Adapter libraries are imported only when their URL is used.
 """
 
 from codeyard.shared.access.port import KeyStore
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.limits.port import LimitStore
 from codeyard.shared.settings import BrokerSettings, StoreSettings
@@ -55,3 +56,14 @@ async def open_limits(settings: StoreSettings, topology: Topology) -> LimitStore
     from codeyard.shared.limits.redis import RedisLimitStore
 
     return await RedisLimitStore.open(settings, topology)
+
+
+async def open_blobs(settings: StoreSettings, topology: Topology) -> BlobStore:
+    """Long prompts and files, where the store is. Raises as open_store."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.blobs.sqlite import SqliteBlobStore
+
+        return await SqliteBlobStore.open(settings, topology)
+    from codeyard.shared.blobs.redis import RedisBlobStore
+
+    return await RedisBlobStore.open(settings, topology)

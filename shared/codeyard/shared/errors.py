@@ -153,6 +153,20 @@ class QuotaExceeded(LimitReached):
     """Too much under way: there is room again when jobs have ended."""
 
 
+class StorageQuotaExceeded(FleetError):
+    """The tenant's long prompts and files fill what it may store. Delete files, or wait until some end. HTTP 413."""
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(f"the stored prompts and files of tenant {tenant} fill its quota; delete some files")
+
+
+class BlobMissing(FleetError):
+    """Stored bytes are not there, or no longer what they were: their time was over, or the store lost them."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"the stored bytes {digest[:12]}... are not there any more")
+
+
 class RolloutRefused(FleetError):
     """The model's rollout is not where this could be done. HTTP 409."""
 

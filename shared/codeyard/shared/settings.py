@@ -94,6 +94,8 @@ class StoreSettings(_Group):
     queue_check_s: PositiveFloat = 60.0  # first look whether a queued job's message is still there
     longest_run_s: PositiveFloat = 3_600.0
     retention_s: PositiveFloat = 86_400.0  # results stay this long past the job's deadline
+    max_prompt_bytes: PositiveInt = 16_777_216  # as JSON; over 64 KiB it lies in the store, not in the message
+    blob_quota_bytes: PositiveInt = 4_294_967_296  # of each tenant, for such prompts and uploaded files
 
     @field_validator("url")
     @classmethod

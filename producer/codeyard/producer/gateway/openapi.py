@@ -109,6 +109,7 @@ def _submit() -> dict[str, Any]:
                 "body-timeout",
                 "idempotency-conflict",
                 "too-large",
+                "storage-full",
                 "unsupported-media-type",
                 "invalid-job",
                 "queue-full",

@@ -15,6 +15,7 @@ from fastapi import Response
 from codeyard.producer.gateway.limits import openai_headers
 from codeyard.shared.errors import (
     AuthUnavailable,
+    BlobMissing,
     BrokerUnavailable,
     DeadlineTooSoon,
     FleetError,
@@ -28,6 +29,7 @@ from codeyard.shared.errors import (
     QuotaExceeded,
     RateLimited,
     RolloutRefused,
+    StorageQuotaExceeded,
     StoreUnavailable,
     Unauthorized,
     UnknownModel,
@@ -63,7 +65,9 @@ KINDS = {
         409, "Idempotency key in use", "The key names a job with another body: send that body, or choose a new key."
     ),
     "rollout-refused": Kind(409, "Rollout refused", "`detail` says where the rollout is and what can be done there."),
+    "gone": Kind(410, "Gone", "The stored bytes have ended: upload them again."),
     "too-large": Kind(413, "Too large", "Shorten the prompt."),
+    "storage-full": Kind(413, "Storage full", "Delete files that are not needed, or wait until some end."),
     "unsupported-media-type": Kind(415, "Unsupported media type", "Send `Content-Type: application/json`, not packed."),
     "invalid-job": Kind(422, "Invalid job", "`field` names what to mend; `errors` lists all that is wrong."),
     "queue-full": Kind(429, "Queue full", "Try again after `Retry-After` seconds, with the same key."),
@@ -86,7 +90,9 @@ KINDS = {
 }
 
 KIND_OF: dict[type[FleetError], str] = {  # most special first
+    BlobMissing: "gone",
     JobTooLarge: "too-large",
+    StorageQuotaExceeded: "storage-full",
     InvalidJob: "invalid-job",
     IdempotencyConflict: "idempotency-conflict",
     QueueFull: "queue-full",

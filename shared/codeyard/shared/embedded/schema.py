@@ -15,7 +15,7 @@ from codeyard.shared.errors import SettingsError
 T = TypeVar("T")
 
 APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
-VERSION = 3
+VERSION = 4
 OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
 LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
 
@@ -54,6 +54,25 @@ CREATE TABLE levels (
 CREATE TABLE live_jobs (
     namespace TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, tokens INTEGER NOT NULL, until REAL NOT NULL,
     PRIMARY KEY (namespace, tenant, id)) STRICT, WITHOUT ROWID;
+
+-- Long prompts and files in chunks, and what the gateways keep of files and batches: see blobs/ and documents/.
+CREATE TABLE chunks (
+    number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, tenant TEXT NOT NULL, digest TEXT NOT NULL,
+    bytes INTEGER NOT NULL, until REAL NOT NULL, data BLOB NOT NULL, UNIQUE (namespace, tenant, digest)) STRICT;
+CREATE INDEX chunks_use ON chunks (namespace, tenant, until, bytes);
+CREATE INDEX chunks_end ON chunks (until);
+CREATE TABLE chunk_holders (
+    chunk INTEGER NOT NULL, holder TEXT NOT NULL, until REAL NOT NULL,
+    PRIMARY KEY (chunk, holder)) STRICT, WITHOUT ROWID;
+CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
+    DELETE FROM chunk_holders WHERE chunk = OLD.number;
+END;
+CREATE TABLE documents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, kind TEXT NOT NULL, tenant TEXT NOT NULL,
+    id TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL, lease_until REAL,
+    until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
+CREATE INDEX documents_open ON documents (namespace, kind, lease_until) WHERE lease_until IS NOT NULL;
+CREATE INDEX documents_end ON documents (until);
 
 -- `free` counts messages without a consumer; triggers keep it, so that no path can forget to.
 CREATE TABLE queues (
@@ -101,6 +120,25 @@ CREATE TABLE levels (
 CREATE TABLE live_jobs (
     namespace TEXT NOT NULL, tenant TEXT NOT NULL, id TEXT NOT NULL, tokens INTEGER NOT NULL, until REAL NOT NULL,
     PRIMARY KEY (namespace, tenant, id)) STRICT, WITHOUT ROWID;
+""",
+    3: """
+CREATE TABLE chunks (
+    number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, tenant TEXT NOT NULL, digest TEXT NOT NULL,
+    bytes INTEGER NOT NULL, until REAL NOT NULL, data BLOB NOT NULL, UNIQUE (namespace, tenant, digest)) STRICT;
+CREATE INDEX chunks_use ON chunks (namespace, tenant, until, bytes);
+CREATE INDEX chunks_end ON chunks (until);
+CREATE TABLE chunk_holders (
+    chunk INTEGER NOT NULL, holder TEXT NOT NULL, until REAL NOT NULL,
+    PRIMARY KEY (chunk, holder)) STRICT, WITHOUT ROWID;
+CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
+    DELETE FROM chunk_holders WHERE chunk = OLD.number;
+END;
+CREATE TABLE documents (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, kind TEXT NOT NULL, tenant TEXT NOT NULL,
+    id TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL, lease_until REAL,
+    until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
+CREATE INDEX documents_open ON documents (namespace, kind, lease_until) WHERE lease_until IS NOT NULL;
+CREATE INDEX documents_end ON documents (until);
 """,
 }
 

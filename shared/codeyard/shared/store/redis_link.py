@@ -23,6 +23,7 @@ from redis.asyncio.client import Pipeline
 from redis.asyncio.cluster import ClusterPipeline, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.client import NEVER_DECODE
 
 from codeyard.shared.errors import SettingsError, StoreUnavailable
 from codeyard.shared.settings import StoreSettings, masked
@@ -30,7 +31,7 @@ from codeyard.shared.settings import StoreSettings, masked
 MAX_CONNECTIONS = 16  # per store; a group is one call, so this many groups are under way at once
 OLDEST_VERSION = (7, 0)
 WITHOUT_PRELUDE = frozenset({"due", "recent"})  # they look at indexes, not at jobs
-READING = frozenset({"read", "states", "due", "recent", "limits/live"})  # run on a full server too
+READING = frozenset({"read", "states", "due", "recent", "limits/live", "blobs/used", "documents/look"})  # run on a full server too
 
 Argument = str | bytes | int
 
@@ -130,10 +131,11 @@ class RedisLink:
             raise several.exceptions[0] from None
         return outcomes
 
-    async def command(self, *command: Argument) -> Any:
-        """One plain command, bounded and translated like the scripts."""
+    async def command(self, *command: Argument, raw: bool = False) -> Any:
+        """One plain command, bounded and translated like the scripts. `raw`: the reply is bytes, not text."""
+        options = {NEVER_DECODE: True} if raw else {}
         async with _bounded(self._timeout_s), self._free:
-            return await self._send(*command)
+            return await self._client.execute_command(*command, **options)
 
     # One script call -------------------------------------------------------------------------------
 
