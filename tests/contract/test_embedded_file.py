@@ -348,10 +348,12 @@ async def test_a_damaged_file_is_unavailable_and_not_a_crash(tmp_path: Path) -> 
     store = await open_store(path)
     await store.reserve([reservation_of(make_job(prompt="x" * 50_000))])
     await store.close()
-    size = path.stat().st_size
+    with closing(sqlite3.connect(path)) as db:
+        roots = [number for (number,) in db.execute("SELECT rootpage FROM sqlite_schema WHERE rootpage > 0")]
     with path.open("r+b") as raw:
-        raw.seek(4_096)
-        raw.write(b"\xa5" * (size - 4_096))
+        for number in roots:  # of every table and index; what they are is still known
+            raw.seek((number - 1) * 4_096)
+            raw.write(b"\xa5" * 4_096)
 
     store = await open_store(path)
     with pytest.raises(StoreUnavailable, match="damaged"):
