@@ -255,6 +255,8 @@ class EngineSettings(_Group):
     max_loras: PositiveInt = 4  # adapters in one step of the engine; each takes device memory
     max_cpu_loras: PositiveInt = 32  # adapters kept loaded; the least recently used one goes
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16  # those that vLLM takes
+    chat_template: str | None = None  # Jinja text or a file's path; None: the one in the model's directory
+    tool_call_parser: str | None = None  # vLLM's name for how the model writes calls; None: Hermes, as Qwen2.5 does
     engine_args: dict[str, Any] = Field(default_factory=dict)  # what else vLLM's AsyncEngineArgs takes, by its names
     latency_table: Path | None = None  # simulated engine: JSON as in worker/codeyard/worker/data; None: the shipped one
     sleep_mode: bool = True  # vLLM on a GPU: an idle model's weights may wait in host memory instead of on disk
