@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.functional_validators import AfterValidator
-from pydantic_core import ErrorDetails
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
@@ -64,12 +63,17 @@ class SubmitBody(BaseModel):
 
 
 async def read_submission(request: Request, max_body_bytes: int) -> SubmitBody:
-    _check_media_type(request.headers)
-    body = await _read_body(request, max_body_bytes)
+    body = await read_body(request, max_body_bytes)
     try:
         return SubmitBody.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_input=False, include_context=False)) from None
+        raise refusal_of(error) from None
+
+
+async def read_body(request: Request, max_body_bytes: int) -> bytes:
+    """Of a request that says it sends JSON; whether it does is the reader's to see."""
+    _check_media_type(request.headers)
+    return await _read_body(request, max_body_bytes)
 
 
 def idempotency_key(headers: Headers) -> str | None:
@@ -92,8 +96,11 @@ def preferred_wait_s(headers: Headers, most: float) -> float | None:
 
 
 def traceparent(headers: Headers) -> str | None:
+    return trace_of(headers.get("traceparent", ""))
+
+
+def trace_of(given: str) -> str | None:
     """A malformed one is dropped, as the standard asks."""
-    given = headers.get("traceparent", "")
     return given if _TRACEPARENT.fullmatch(given) else None
 
 
@@ -121,8 +128,11 @@ def whole_number(request: Request, name: str, *, default: int, least: int, most:
 
 
 def path_job_id(request: Request) -> JobId:
-    """Anything that cannot be an id names no job, and no server is asked."""
-    given: str = request.path_params["job_id"]
+    return known_form(request.path_params["job_id"])
+
+
+def known_form(given: str) -> JobId:
+    """Anything that cannot be an id names no job, and no server is asked. Raises JobNotFound."""
     if not _JOB_ID.fullmatch(given):
         raise JobNotFound(given[:36])
     return given
@@ -177,17 +187,18 @@ async def _discard(chunks: AsyncIterator[bytes], most: int) -> None:
         pass
 
 
-def _refusal(errors: list[ErrorDetails]) -> Refused:
+def refusal_of(error: ValidationError) -> Refused:
     """The first thing that is wrong, and all of them."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
     if errors[0]["type"] == "json_invalid":
         return Refused("malformed-json", errors[0]["msg"])
     found: dict[str, str] = {}
-    for error in errors:
-        where = [str(part) for part in error["loc"]]
-        if where[:1] == ["prompt"] and error["type"] != "missing":  # it may be two things, and pydantic reports on both
+    for one in errors:
+        where = [str(part) for part in one["loc"]]
+        if where[:1] == ["prompt"] and one["type"] != "missing":  # it may be two things, and pydantic reports on both
             found["prompt"] = "text, a list of token ids from 0 to 2147483647, or a conversation; not empty"
         else:
-            found[".".join(where)[:200] or "body"] = error["msg"]
+            found[".".join(where)[:200] or "body"] = one["msg"]
     listed = [{"field": field, "detail": detail} for field, detail in found.items()][:MAX_ERRORS]
     return Refused("invalid-job", listed[0]["detail"], field=listed[0]["field"], errors=listed)
 
