@@ -2,7 +2,8 @@
 
     the last frame            of a job's own events, `end`; an EventSource that comes back gets 204 and stops
     the caller hangs up       everything is let go
-    the gateway stops         the response ends; the caller resumes at another with `Last-Event-ID`
+    the gateway stops         the response ends, after a `farewell` if there is one; the caller resumes at another
+                              with `Last-Event-ID`
     the store stays away      the same
 
 `native_frames` are a job's events as they are, each with its sequence number as `id`; other APIs have frames of
@@ -41,6 +42,7 @@ class EventStream(Response):
         streams_open: Gauge,
         heartbeat_s: float,
         beat: str | None = None,
+        farewell: str | None = None,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -49,24 +51,28 @@ class EventStream(Response):
         self._streams_open = streams_open
         self._heartbeat_s = heartbeat_s
         self._beat_frame = beat or ": still here\n\n"
+        self._farewell = farewell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._streams_open.track_inprogress():
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                await unless(self._tell(send), self._beat(send), hung_up(receive), self._stopping.wait())
+                told = await unless(self._tell(send), self._beat(send), hung_up(receive), self._stopping.wait())
+                if not told and self._farewell is not None and self._stopping.is_set():
+                    await _write(send, self._farewell)
                 async with asyncio.timeout(TAKE_S):  # a reader that is stuck takes no end either
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
             except TimeoutError:
                 log.warning("stream_reader_stuck", extra={"waited_s": TAKE_S})
 
-    async def _tell(self, send: Send) -> None:
+    async def _tell(self, send: Send) -> bool:
         async with aclosing(self._frames) as frames:
             try:
                 async for frame in frames:
                     await _write(send, frame)
             except FleetError as error:  # the headers are out: ending is all that can be said
                 log.warning("stream_broke_off", extra={"error": str(error)})
+        return True
 
     async def _beat(self, send: Send) -> None:
         while True:

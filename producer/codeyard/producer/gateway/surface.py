@@ -73,12 +73,16 @@ class Kit:
             raise ClientDisconnect
         return status
 
-    def event_stream(self, frames: AsyncGenerator[str, None], *, beat: str | None = None) -> EventStream:
-        """`frames` as server-sent events; `beat` is the frame that keeps a silent connection open."""
+    def event_stream(
+        self, frames: AsyncGenerator[str, None], *, beat: str | None = None, farewell: str | None = None
+    ) -> EventStream:
+        """`frames` as server-sent events; `beat` is the frame that keeps a silent connection open, `farewell`
+        the last one of a stream that the gateway ends because it stops."""
         return EventStream(
             frames,
             stopping=self.stopping,
             streams_open=self.metrics.streams_open,
             heartbeat_s=self.heartbeat_s,
             beat=beat,
+            farewell=farewell,
         )
