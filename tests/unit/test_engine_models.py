@@ -16,6 +16,7 @@ def model(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     (directory / "tokenizer.json").write_text("{}")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
     (directory / "model.safetensors").write_bytes(bytes(3 * EDGE_BYTES))
     (directory / "README.md").write_text("about")
     return directory
@@ -40,7 +41,11 @@ def test_the_same_weights_elsewhere_are_the_same_revision(model: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "name,at", [("config.json", 0), ("tokenizer.json", 1), ("model.safetensors", 0), ("model.safetensors", -1)]
+    "name,at",
+    [
+        *(("config.json", 0), ("tokenizer.json", 1), ("chat_template.jinja", 3)),
+        *(("model.safetensors", 0), ("model.safetensors", -1)),
+    ],
 )
 def test_a_changed_file_is_another_revision(model: Path, name: str, at: int) -> None:
     """Jobs are pinned to what generated the first half of their answer."""

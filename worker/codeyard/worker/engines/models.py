@@ -13,7 +13,7 @@ from codeyard.shared.errors import EngineUnavailable, SettingsError
 
 EDGE_BYTES = 1_048_576  # of each weight file, at both ends, go into the fingerprint
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-DESCRIPTIONS = (".json", ".model", ".txt")  # config, tokenizer, index of the weights
+DESCRIPTIONS = (".json", ".model", ".txt", ".jinja")  # config, tokenizer, index of the weights, chat template
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from codeyard.worker.engines.chat import prompt_ids
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.port import EngineJob
 from codeyard.worker.engines.sampling import RowSampling, choose
@@ -49,6 +50,7 @@ class TorchModel:
         max_model_len: int | None = None,
         load_format: str = "auto",
         quantization: str | None = None,
+        chat_template: str | None = None,
     ) -> None:
         self.device = torch.device(_best_device() if device == "auto" else device)
         model = load_model(
@@ -56,6 +58,7 @@ class TorchModel:
         )
         self._model = model
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._template = chat_template
         config = self._model.config.get_text_config()
         longest = config.max_position_embeddings
         self.context_tokens: int = min(max_model_len or longest, longest)
@@ -69,7 +72,7 @@ class TorchModel:
 
     def row(self, serial: int, job: EngineJob) -> Row:
         """Ready to run. Raises JobRejected for a prompt that the model can never take."""
-        ids = list(job.prompt) if isinstance(job.prompt, tuple) else self._tokenizer.encode(job.prompt)
+        ids = prompt_ids(self._tokenizer, job.prompt, template=self._template)
         only_count = job.sampling.max_tokens == 0
         check_prompt(ids, vocabulary=self._vocabulary, context_tokens=self.context_tokens, only_count=only_count)
         completion = Completion(job, ids, self._decode, ends=self._ends, context_tokens=self.context_tokens)

@@ -13,9 +13,11 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId
 from codeyard.shared.settings import EngineSettings
+from codeyard.worker.engines.chat import template_text
 from codeyard.worker.engines.children import descendants
 from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
@@ -59,7 +61,7 @@ class TorchEngine:
         """Load the model in a child process. Raises EngineUnavailable with what the child said."""
         if settings.enable_lora:
             raise EngineUnavailable("the torch engine takes no LoRA adapters; vllm does, on a CPU too")
-        meter = Meter()
+        template, meter = template_text(settings.chat_template), Meter()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "codeyard.worker.engines.torch_host"),
             stdin=asyncio.subprocess.PIPE,
@@ -81,6 +83,7 @@ class TorchEngine:
                     "max_running": settings.max_running,
                     "load_format": settings.load_format,
                     "quantization": settings.quantization,
+                    "chat_template": template,
                 },
             )
             async with meter.across(), asyncio.timeout(LOAD_S):
@@ -162,10 +165,11 @@ class TorchEngine:
     def _submit(self, run: _Run) -> None:
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._send_jobs)
+        prompt = run.job.prompt
         self._unsent.append(
             {
                 "serial": run.serial,
-                "prompt": run.job.prompt,
+                "prompt": prompt.model_dump(mode="json") if isinstance(prompt, Chat) else prompt,
                 "sampling": run.job.sampling.model_dump(mode="json", exclude_none=True),
                 "stream": run.job.stream,
                 "prefix": run.job.prefix_token_ids,

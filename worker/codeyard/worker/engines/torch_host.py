@@ -1,6 +1,7 @@
 """The child process of the torch engine: owns the model, speaks length-prefixed JSON over its pipes.
 
-    stdin   {"model", "device", "dtype", "max_model_len", "max_running", "load_format", "quantization"}  once
+    stdin   {"model", "device", "dtype", "max_model_len", "max_running", "load_format", "quantization",
+             "chat_template"}  once
             {"op": "generate", "jobs": [...]} | {"op": "abort", "serial"}
     stdout  {"version", "context_tokens", "device"} | {"error"}  once
             {"op": "step", "running", "deltas": [...]} | {"op": "refused", "serial", "error", "code", "message"}
@@ -20,8 +21,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from codeyard.shared.chat import Chat
 from codeyard.shared.errors import JobRejected
-from codeyard.shared.job import Lane, Sampling
+from codeyard.shared.job import Lane, Prompt, Sampling
 from codeyard.worker.engines.port import EngineJob
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ class Host:
     def _row(self, frame: Frame) -> "Row | None":
         job = EngineJob(
             id=str(frame["serial"]),
-            prompt=frame["prompt"] if isinstance(frame["prompt"], str) else tuple(frame["prompt"]),
+            prompt=_prompt(frame["prompt"]),
             sampling=Sampling.model_validate(frame["sampling"]),
             lane=Lane.STANDARD,
             stream=frame["stream"],
@@ -123,6 +125,12 @@ class Host:
 
     def _refuse(self, serial: int, error: str, message: str, *, code: str = "") -> None:
         self._send({"op": "refused", "serial": serial, "error": error, "code": code, "message": message[:500]})
+
+
+def _prompt(said: Any) -> Prompt:
+    if isinstance(said, dict):
+        return Chat.model_validate(said)
+    return said if isinstance(said, str) else tuple(said)
 
 
 def main() -> None:

@@ -13,12 +13,14 @@ import multiprocessing
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId, Lane, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.adapters import AdapterSlots, check_adapter
+from codeyard.worker.engines.chat import prompt_ids, template_text
 from codeyard.worker.engines.children import KILL_S, Processes, Reaper
 from codeyard.worker.engines.completion import Completion, check_prompt
 from codeyard.worker.engines.memory import Meter
@@ -63,6 +65,7 @@ class VllmEngine:
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._ends = _end_ids(llm)
         self._tokenizer = llm.get_tokenizer()
+        self._template = settings.chat_template
         self._thread = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for several
         self._serials = itertools.count()
         # vLLM's request id -> ours; a job may come again while its last run winds down
@@ -80,6 +83,7 @@ class VllmEngine:
     async def start(cls, source: ModelSource, settings: EngineSettings) -> "VllmEngine":
         """Load the model. Raises EngineUnavailable with what vLLM said."""
         stats = Stats()
+        settings = settings.model_copy(update={"chat_template": template_text(settings.chat_template)})
         async with _loading:
             llm, held = await _loaded(source, settings, stats)
         import vllm
@@ -261,7 +265,8 @@ class VllmEngine:
     async def _tokenize(self, job: EngineJob) -> list[int]:
         if isinstance(job.prompt, tuple):
             return list(job.prompt)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._tokenizer.encode, job.prompt)
+        ids = partial(prompt_ids, self._tokenizer, job.prompt, template=self._template)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, ids)
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[no-any-return]  # untyped
