@@ -110,7 +110,10 @@ class BrokerServer:
     def copy(self, letter: Letter) -> None:
         """The same message once more, as after a publish that was repeated below the port."""
         message = Message(letter.queue, letter.message_id, letter.body, letter.headers)
-        self.queues[letter.queue].ready.append(self._letter(message, letter.published_at))
+        twin = self._letter(message, letter.published_at)
+        self.queues[letter.queue].ready.append(twin)
+        if self._witness is not None:
+            self._witness.enqueued(twin)
         self.push(letter.queue)
 
     def move(self, letter: Letter, queue: str) -> bool:

@@ -196,6 +196,8 @@ class SimulationLoop(asyncio.BaseEventLoop):
                     break
                 except RuntimeError:
                     continue  # it waits for something in its `finally`: closed there, too
+                except BaseExceptionGroup:
+                    break  # a task group's way to pass on that it was closed
         self.tasks.clear()
         self._due.clear()
         self._timers.clear()

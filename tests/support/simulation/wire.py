@@ -118,6 +118,7 @@ class Weather:
         self.over = False  # True: the world has ended
         self.met: Counter[str] = Counter()  # faults that a call met: "store.commit after"
         self.trace: list[str] | None = None
+        self.on_trouble: Callable[[str, float], object] = lambda process, for_s: None  # told of each fault
         self._faults = faults
         self._counts: Counter[str] = Counter()
 
@@ -180,6 +181,7 @@ class Wire:
         if fault is None:
             self._after(there_s, self._do, name, group, apply)
             return
+        self._troubled(fault)
         weather.say(self._process.name, f"{name} {_brief(group)} !! {fault.phase}")
         if fault.phase is Phase.SLOW:
             self._after(fault.told_s, self._do, name, group, apply)
@@ -191,6 +193,7 @@ class Wire:
         fault = self._weather.fault(name)
         if fault is None:
             return None
+        self._troubled(fault)
         self._weather.say(self._process.name, f"{name} !! {fault.phase}")
         if fault.phase in DEADLY:
             self._after(0.0, self._process.die)
@@ -209,6 +212,9 @@ class Wire:
         self._loop.call_later(delay_s, callback, context=self._process.main.context.copy())
 
     # -------------------------------------------------------------------------------------------------
+
+    def _troubled(self, fault: CallFault) -> None:
+        self._weather.on_trouble(self._process.name, fault.told_s + fault.late_s)
 
     def _after(self, delay_s: float, callback: Callable[..., object], *args: Any) -> None:
         self._loop.call_later(delay_s, callback, *args, context=self._outside.copy())
@@ -251,6 +257,7 @@ class Wire:
         there_s: float,
         within_s: float,
     ) -> None:
+        self._troubled(fault)
         self._weather.say(self._process.name, f"{name} {_brief(group)} !! {fault.phase}")
         told_s = min(fault.told_s, within_s)
         match fault.phase:
