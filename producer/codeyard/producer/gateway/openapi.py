@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from codeyard.producer.gateway.anthropic import described as anthropic
 from codeyard.producer.gateway.openapi_schemas import (
     DONE,
     EVENTS,
@@ -46,6 +47,7 @@ def describe() -> dict[str, Any]:
             "/v1/jobs": {"post": _submit(), "get": _recent()},
             "/v1/jobs/{job_id}": {"get": _status(), "delete": _cancel()},
             "/v1/jobs/{job_id}/events": {"get": _events()},
+            **anthropic.paths(),
             **_admin(),
             "/healthz": {
                 "get": _operation("health", "Is the process alive?", {"200": _json("Yes.", {"status": "ok"})})

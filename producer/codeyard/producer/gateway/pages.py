@@ -68,14 +68,18 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         parts.append(f"<h3>Body: {_type(content['schema'])}</h3>{_code(content['example'])}")
     refusals = []
     for status, answer in operation["responses"].items():
-        [(media_type, content)] = answer.get("content", {"": {}}).items()
-        if media_type == "application/problem+json":
+        contents = answer.get("content", {"": {}})
+        if "application/problem+json" in contents:
             kinds = re.sub(r"`([^`]+)`", r'<a href="#\1">\1</a>', answer["description"])
             refusals.append(f"<code>{status}</code> {kinds}")
             continue
-        parts.append(f"<h3><code>{status}</code> {escape(media_type)}</h3><p>{_text(answer['description'])}</p>")
-        if "example" in content:
-            parts.append(_code(content["example"]))
+        if int(status) >= 400:  # of an API with refusals of its own
+            refusals.append(f"<code>{status}</code> {_text(answer['description'])}")
+            continue
+        parts.append(
+            f"<h3><code>{status}</code> {escape(' or '.join(contents))}</h3><p>{_text(answer['description'])}</p>"
+        )
+        parts += (_code(content["example"]) for content in contents.values() if "example" in content)
     if refusals:
         parts.append(f"<h3>Refusals</h3><p>{' · '.join(refusals)}</p>")
     return "".join(parts) + "</section>"

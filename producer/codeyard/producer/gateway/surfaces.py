@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from codeyard.producer.gateway.anthropic.handlers import anthropic_surface
 from codeyard.producer.gateway.surface import Kit, Surface
 
 
 def surfaces(kit: Kit) -> Sequence[Surface]:
-    return ()
+    return (anthropic_surface(kit),)
