@@ -1,4 +1,4 @@
-"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, keys, models, doctor, simulate."""
+"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, dead, keys, models, doctor, simulate."""
 
 import importlib
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "result": ("codeyard.cli.jobs", "result"),
     "cancel": ("codeyard.cli.jobs", "cancel"),
     "jobs": ("codeyard.cli.jobs", "jobs"),
+    "dead": ("codeyard.cli.dead", "dead"),
     "keys": ("codeyard.cli.keys", "keys"),
     "models": ("codeyard.cli.models", "models"),
     "doctor": ("codeyard.cli.doctor", "doctor"),

@@ -161,10 +161,14 @@ async def _settle_dropped(broker: Broker, store: Store, group: Sequence[Delivery
 async def _dead_letter(broker: Broker, group: Sequence[Delivery]) -> None:
     messages = [
         Message(
-            queue=delivery.queue,
+            queue=str(delivery.headers.get("queue", delivery.queue)),  # where it was dropped
             message_id=delivery.message_id,
             body=delivery.body,
-            headers={"reason": "dropped_by_broker", "publication": str(delivery.headers.get("publication", ""))},
+            headers={
+                **{name: value for name, value in delivery.headers.items() if isinstance(value, str | int | float)},
+                "reason": "dropped_by_broker",
+                "error": f"the broker gave it up: {delivery.headers.get('reason', 'no reason')}",
+            },
         )
         for delivery in group
     ]
