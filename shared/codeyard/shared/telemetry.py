@@ -178,8 +178,19 @@ class Metrics:
             "route",
             _RUNS,
         )
-        self.waits_open = self._gauge("codeyard_waits_open", "Requests held open by `Prefer: wait` now.")
-        self.streams_open = self._gauge("codeyard_streams_open", "Event streams being read over HTTP now.")
+        self.grpc_calls = self._counter(
+            "codeyard_grpc_calls_total", "gRPC calls by method and the status that they ended with.", "route status"
+        )
+        self.grpc_call = self._histogram(
+            "codeyard_grpc_call_seconds", "From a gRPC call's start to its end, as of HTTP requests.", "route", _RUNS
+        )
+        self.waits_open = self._gauge("codeyard_waits_open", "Requests held open by `Prefer: wait` or `wait_s` now.")
+        self.streams_open = self._gauge("codeyard_streams_open", "Event streams being read over HTTP and gRPC now.")
+        self.breaker_state = self._gauge(
+            "codeyard_breaker_state",
+            "Circuit breakers: 0 closed, 1 half-open, 2 open. kind: store, broker, model.",
+            "kind model",
+        )
 
     def _worker(self) -> None:
         self.jobs = self._counter(
