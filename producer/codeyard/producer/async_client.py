@@ -116,6 +116,7 @@ class AsyncClient:
         tenant: str | None = None,
         traceparent: str | None = None,
         job_id: JobId | None = None,
+        asked_model: str | None = None,
     ) -> "AsyncJob":
         """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
         job there. Raises IdempotencyConflict, QueueFull, DeadlineTooSoon, UnknownModel, InvalidJob,
@@ -132,6 +133,7 @@ class AsyncClient:
             metadata=metadata or {},
             traceparent=traceparent,
             job_id=job_id,
+            asked_model=asked_model,
         )
         outcome = await _opened(self._submitter).submit(submission)
         if isinstance(outcome, FleetError):

@@ -63,6 +63,7 @@ class Submission:
     tenant: str = "default"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str | None = None
+    asked_model: str | None = None  # what the caller named, where `model` stands in for it
     job_id: JobId | None = None  # of a submission without a key, where it must be known before; otherwise a new one
 
 
@@ -284,6 +285,7 @@ def _job(asked: Submission, alias: Alias) -> Job:
         stream=asked.stream,
         timeout_s=asked.timeout_s,
         metadata=dict(asked.metadata),
+        asked_model=asked.asked_model,
     )
     job.encode()  # raises JobTooLarge before anything is reserved
     return job
@@ -300,7 +302,8 @@ def _open(drafts: Sequence[_Draft]) -> list[_Draft]:
 def _unavailable(error: BrokerUnavailable | StoreUnavailable, draft: _Draft) -> FleetError:
     job_id = draft.record.id if draft.reserved is not None else None
     text = str(error).partition(": ")[2] or str(error)
-    return type(error)(text, job_id=job_id, maybe_accepted=draft.published)
+    retry_after_s = error.retry_after_s
+    return type(error)(text, job_id=job_id, maybe_accepted=draft.published, retry_after_s=retry_after_s)
 
 
 async def _within(until_s: float, call: Callable[[], Awaitable[T]]) -> T:

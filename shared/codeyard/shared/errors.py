@@ -90,9 +90,17 @@ class BrokerUnavailable(FleetError):
 
     With `maybe_accepted`, the job may be queued all the same: submit again with the same
     idempotency key, which attaches to it if it is there; without a key, ask for the status of `job_id`.
+    With `retry_after_s`, it was not asked, and will not be before then.
     """
 
-    def __init__(self, reason: str, *, job_id: str | None = None, maybe_accepted: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        job_id: str | None = None,
+        maybe_accepted: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
         hint = (
             f"; job {job_id} may have been accepted: submit again with the same key, or ask for its status"
             if maybe_accepted
@@ -101,15 +109,24 @@ class BrokerUnavailable(FleetError):
         super().__init__(f"broker unavailable: {reason}{hint}")
         self.job_id = job_id
         self.maybe_accepted = maybe_accepted
+        self.retry_after_s = retry_after_s
 
 
 class StoreUnavailable(FleetError):
     """The result store did not answer. The call may have taken effect and can be repeated. HTTP 503.
 
     With `maybe_accepted`, a submission got as far as the broker: submit again with the same key.
+    With `retry_after_s`, it was not asked, and will not be before then.
     """
 
-    def __init__(self, reason: str, *, job_id: str | None = None, maybe_accepted: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        job_id: str | None = None,
+        maybe_accepted: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
         hint = (
             f"; job {job_id} may have been accepted: submit again with the same key, or ask for its status"
             if maybe_accepted
@@ -118,6 +135,17 @@ class StoreUnavailable(FleetError):
         super().__init__(f"store unavailable: {reason}{hint}")
         self.job_id = job_id
         self.maybe_accepted = maybe_accepted
+        self.retry_after_s = retry_after_s
+
+
+class ModelUnavailable(FleetError):
+    """The model's workers fail, or there are none, and nothing stands in for it. Try again after
+    `retry_after_s`, or name another model. HTTP 503."""
+
+    def __init__(self, model: str, reason: str, *, retry_after_s: float) -> None:
+        super().__init__(f"model {model!r} is unavailable: {reason}; try again in {retry_after_s:.2g} s")
+        self.model = model
+        self.retry_after_s = retry_after_s
 
 
 class Unauthorized(FleetError):

@@ -115,6 +115,7 @@ class Job(BaseModel):
     stream: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] = DEFAULT_TIMEOUT_S
     metadata: dict[str, Any] = Field(default_factory=dict)
+    asked_model: Name | None = None  # what the caller named, where `model` stands in for it; the digest goes by it
 
     @model_validator(mode="after")
     def _metadata_is_small(self) -> Self:
@@ -132,7 +133,7 @@ class Job(BaseModel):
         if not sampling["stop"]:
             del sampling["stop"]
         chat = self.prompt.model_dump(mode="json", exclude_defaults=True) if isinstance(self.prompt, Chat) else None
-        body = {"v": 1, "model": self.model, "prompt": chat or self.prompt, "sampling": sampling}
+        body = {"v": 1, "model": self.asked_model or self.model, "prompt": chat or self.prompt, "sampling": sampling}
         canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -192,6 +192,7 @@ class JobStatus(BaseModel):
     cancel_requested: bool
     last_seq: int  # of its events: a stream resumes after at most this
     result: Result | None
+    asked_model: str | None = None  # what the caller named, where `model` stands in for it
 
     @classmethod
     def of(cls, record: Record) -> "JobStatus":
@@ -212,6 +213,7 @@ class JobStatus(BaseModel):
             cancel_requested=record.cancel_requested,
             last_seq=record.last_seq,
             result=record.result,
+            asked_model=job.asked_model,
         )
 
 

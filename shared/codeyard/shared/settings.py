@@ -119,6 +119,30 @@ class GatewaySettings(_Group):
     max_body_bytes: PositiveInt = MAX_JOB_BYTES
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
+    fallbacks: dict[str, str] = Field(default_factory=dict)  # alias -> the one that stands in while its workers fail
+
+    @field_validator("fallbacks")
+    @classmethod
+    def _no_circles(cls, fallbacks: dict[str, str]) -> dict[str, str]:
+        for alias in fallbacks:
+            line = [alias]
+            while (following := fallbacks.get(line[-1])) is not None:
+                if following in line:
+                    raise ValueError(f"{' -> '.join([*line, following])} goes in a circle")
+                line.append(following)
+        return fallbacks
+
+
+class BreakerSettings(_Group):
+    """When the gateway stops asking what does not answer: docs/degradation.md."""
+
+    requests: PositiveInt = 20  # outcomes within the window before it may open
+    window_s: PositiveFloat = 5.0
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5  # of them, failures that open it
+    open_s: PositiveFloat = 5.0  # then one probe goes
+    probe_s: PositiveFloat = 10.0  # a probe without an outcome for this long is followed by another
+    refuse_unserved: tuple[Lane, ...] = (Lane.INTERACTIVE,)  # in the other lanes jobs wait for a worker to come
+    unserved_s: Annotated[float, Field(ge=0)] = 10.0  # no worker for this long: longer than a restart takes to be told
 
 
 class AuthSettings(_Group):
@@ -336,6 +360,7 @@ class Settings(BaseSettings):
     broker: BrokerSettings = Field(default_factory=BrokerSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     auth: AuthSettings = Field(default_factory=AuthSettings)
     limit: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)

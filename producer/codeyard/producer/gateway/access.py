@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from codeyard.producer.gateway.auth import Authenticator, Credentials, Development
 from codeyard.producer.gateway.jwks import KeySet, source_of
@@ -24,12 +25,18 @@ from codeyard.shared.topology import Topology
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LIMIT_TIMEOUT_S = 1.0  # for a limit to be asked; then it counts as a store that is down
 
 WAYS_OUT = (
     "make a key with `codeyard keys make NAME`, or set CODEYARD_AUTH_STATIC_KEY or a JWT secret or key set "
     "(docs/auth.md), or listen on 127.0.0.1"
 )
+
+
+class Guard(Protocol):
+    def __call__(self, port: T, /) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,11 @@ class Access:
 
 
 @asynccontextmanager
-async def opened_access(settings: Settings, store: Store, *, host: str, loopback: bool) -> AsyncIterator[Access]:
-    """Raises StoreUnavailable; SettingsError if everyone on the network could submit."""
+async def opened_access(
+    settings: Settings, store: Store, *, host: str, loopback: bool, guarded: Guard = lambda port: port
+) -> AsyncIterator[Access]:
+    """`guarded` puts what is opened here behind the store's breaker.
+    Raises StoreUnavailable; SettingsError if everyone on the network could submit."""
     check_mode(settings.auth, host=host, loopback=loopback)
     topology = Topology(settings.namespace)
     async with AsyncExitStack() as stack:
@@ -52,7 +62,7 @@ async def opened_access(settings: Settings, store: Store, *, host: str, loopback
         patience = settings.store.model_copy(update={"timeout_s": min(LIMIT_TIMEOUT_S, settings.store.timeout_s)})
         counts = await open_limits(patience, topology)
         stack.push_async_callback(counts.close)
-        limits = Limits(settings.limit, counts, store.states)
+        limits = Limits(settings.limit, guarded(counts), store.states)
         stack.push_async_callback(limits.close)
         if not await _asks_for_credentials(settings.auth, keys):
             if not loopback:
@@ -60,7 +70,7 @@ async def opened_access(settings: Settings, store: Store, *, host: str, loopback
             log.warning("development_mode", extra={"auth": "none", "listens": "loopback only", "hint": WAYS_OUT})
             yield Access(Development(), limits, None)
             return
-        api_keys = ApiKeys(keys, cache_s=settings.auth.key_cache_s)
+        api_keys = ApiKeys(guarded(keys), cache_s=settings.auth.key_cache_s)
         stack.push_async_callback(api_keys.close)
         key_set = None
         if (source := source_of(settings.auth)) is not None:

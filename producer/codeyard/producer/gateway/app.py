@@ -21,6 +21,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
@@ -47,6 +48,7 @@ from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
+STOOD_IN = "x-codeyard-fallback-model"  # of an answer: it took the job, percent-encoded; docs/degradation.md
 READY_S = 2.0  # for a server to answer a readiness probe
 
 Probe = Callable[[], Awaitable[str]]
@@ -73,19 +75,23 @@ def create_app(
     operations = _Operations(probes, kit.metrics, kit.stopping)
 
     def for_callers(route: Route, refuse: Callable[[Refused | FleetError], Response]) -> Handler:
-        async def answer(request: Request) -> Response:
+        async def answered(request: Request) -> Response:
             try:
                 given = request.headers.getlist
                 caller = await auth.caller(given("authorization"), given("x-api-key"))
                 request.scope[CALLER] = caller
                 caller.require(route.scope)
-                return await route.handler(request, TenantJobs(jobs, caller.tenant, limits))
+                mine = TenantJobs(jobs, caller.tenant, limits)
+                answer = await route.handler(request, mine)
+                if mine.stood_in is not None:
+                    answer.headers[STOOD_IN] = quote(mine.stood_in, safe="@/:+ ")
+                return answer
             except (Refused, FleetError) as error:
                 if kind_of(error) == "internal-error":
                     raise
                 return refuse(error)
 
-        return answer
+        return answered
 
     async def metrics_for_callers(request: Request, _: TenantJobs) -> Response:
         return await operations.exposition(request)

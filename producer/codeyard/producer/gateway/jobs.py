@@ -44,8 +44,10 @@ class Jobs(Protocol):
         traceparent: str | None,
         tenant: str,
         job_id: JobId,
+        asked_model: str | None = None,
     ) -> AcceptedJob:
-        """`job_id`: the one that the key, or its lack, leads to; limits have counted it already."""
+        """`job_id`: the one that the key, or its lack, leads to; limits have counted it already. `asked_model`:
+        what the caller named, where `model` stands in for it."""
 
     async def status(self, job_id: JobId) -> JobStatus: ...
 

@@ -119,6 +119,7 @@ def _submit() -> dict[str, Any]:
                 "rate-limited",
                 "quota-exceeded",
                 "broker-unavailable",
+                "model-unavailable",
                 *CALLER_PROBLEMS,
             ),
         },

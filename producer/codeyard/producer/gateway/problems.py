@@ -25,6 +25,7 @@ from codeyard.shared.errors import (
     JobNotFound,
     JobTooLarge,
     LimitReached,
+    ModelUnavailable,
     QueueFull,
     QuotaExceeded,
     RateLimited,
@@ -86,6 +87,9 @@ KINDS = {
         503, "Store unavailable", "Try again with the same key; `maybe_accepted`: that attaches to the job."
     ),
     "auth-unavailable": Kind(503, "Auth unavailable", "Try again: credentials cannot be checked now."),
+    "model-unavailable": Kind(
+        503, "Model unavailable", "Try again after `Retry-After` seconds with the same key, or name another model."
+    ),
     "not-ready": Kind(503, "Not ready", "Wait: broker or store does not answer, or the gateway is stopping."),
 }
 
@@ -106,6 +110,7 @@ KIND_OF: dict[type[FleetError], str] = {  # most special first
     QuotaExceeded: "quota-exceeded",
     LimitReached: "rate-limited",
     AuthUnavailable: "auth-unavailable",
+    ModelUnavailable: "model-unavailable",
     BrokerUnavailable: "broker-unavailable",
     StoreUnavailable: "store-unavailable",
 }
@@ -154,8 +159,8 @@ def problem_of(error: Refused | FleetError) -> Response:
     if isinstance(error, Refused):
         return problem(error.kind, str(error), headers=error.headers, **error.members)
     headers = {}
-    if isinstance(error, QueueFull | DeadlineTooSoon | LimitReached):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if (retry_after_s := getattr(error, "retry_after_s", None)) is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if isinstance(error, LimitReached):
         headers |= openai_headers(error.standing)
     if isinstance(error, Unauthorized | Forbidden):

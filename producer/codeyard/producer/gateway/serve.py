@@ -21,14 +21,20 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from codeyard.producer.async_client import AsyncClient
 from codeyard.producer.gateway.access import Access, check_mode, opened_access
 from codeyard.producer.gateway.app import create_app
+from codeyard.producer.gateway.fallback import GuardedJobs
+from codeyard.producer.gateway.health import Breakers
+from codeyard.producer.gateway.jobs import Jobs
 from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.surfaces import surfaces
 from codeyard.producer.gateway.waiting import unless
-from codeyard.shared.broker.port import Broker
+from codeyard.shared.broker.port import Broker, Publisher
+from codeyard.shared.connect import open_broker, open_store
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 from codeyard.shared.reconciler import Reconciled, run_reconciler
-from codeyard.shared.settings import GatewaySettings, Settings
+from codeyard.shared.settings import GatewaySettings, Settings, StoreSettings
+from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
+from codeyard.shared.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -49,31 +55,46 @@ async def run_gateway(
     """
     loopback = is_loopback(settings.gateway.host, settings.gateway.port)
     check_mode(settings.auth, host=settings.gateway.host, loopback=loopback)
-    client = AsyncClient(settings=settings, timeout_s=settings.gateway.submit_timeout_s)
+    metrics = Metrics()
+    metrics.watch_process()
+    breakers = Breakers(settings.breaker, metrics)
+    client = _client(settings, breakers)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(client.close)
         if await unless(_patiently(client.open), stop.wait()) is None:
             return
 
         async def enter() -> Access:
-            opening = opened_access(settings, client.store, host=settings.gateway.host, loopback=loopback)
+            opening = opened_access(
+                settings,
+                client.store,
+                host=settings.gateway.host,
+                loopback=loopback,
+                guarded=breakers.guarded_store,
+            )
             return await stack.enter_async_context(opening)
 
         access = await unless(_patiently(enter), stop.wait())
         if access is not None:
-            await _serve(client, settings, access, stop, on_ready)
+            jobs = GuardedJobs(client, breakers, client.store, settings.breaker, fallbacks=settings.gateway.fallbacks)
+            stack.push_async_callback(jobs.close)
+            await _serve(client, jobs, metrics, settings, access, stop, on_ready)
 
 
 async def _serve(
-    client: AsyncClient, everything: Settings, access: Access, stop: asyncio.Event, on_ready: Callable[[str], None]
+    client: AsyncClient,
+    jobs: Jobs,
+    metrics: Metrics,
+    everything: Settings,
+    access: Access,
+    stop: asyncio.Event,
+    on_ready: Callable[[str], None],
 ) -> None:
     settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
-    metrics = Metrics()
-    metrics.watch_process()
     kit = Kit(settings, metrics, stop, client.store)
     app = create_app(
-        client,
+        jobs,
         kit,
         auth=access.auth,
         limits=access.limits,
@@ -99,6 +120,23 @@ async def _serve(
             tasks.create_task(server.stop_when(stop), name="stop")
             await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})
+
+
+def _client(settings: Settings, breakers: Breakers) -> AsyncClient:
+    """Its broker and its store behind their breakers."""
+
+    async def publisher(settings: Settings, topology: Topology) -> Publisher:
+        return breakers.guarded_broker(await open_broker(settings.broker, topology))
+
+    async def store(settings: StoreSettings, topology: Topology) -> Store:
+        return breakers.guarded_store(await open_store(settings, topology))
+
+    return AsyncClient(
+        settings=settings,
+        timeout_s=settings.gateway.submit_timeout_s,
+        open_publisher=publisher,
+        open_store=store,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -38,6 +38,7 @@ class TenantJobs:
         self._tenant = tenant
         self._limits = limits
         self._own: set[JobId] = set()  # a job never changes its tenant
+        self.stood_in: str | None = None  # the model that took a job submitted here in place of the one asked for
 
     def body_bytes(self, most: int) -> int:
         return self._limits.body_bytes(self._tenant, most)
@@ -79,6 +80,8 @@ class TenantJobs:
             raise
         await self._settle(admission, job)
         self._own.add(job.id)
+        if job.accepted_status.asked_model is not None:
+            self.stood_in = job.accepted_status.model
         return Submitted(job, admission.standing)
 
     async def status(self, job_id: JobId) -> JobStatus:
