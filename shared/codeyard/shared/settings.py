@@ -118,6 +118,7 @@ class GatewaySettings(_Group):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080  # 0: any free one, printed at start
     max_body_bytes: PositiveInt = MAX_JOB_BYTES
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
+    answer_wait_s: PositiveFloat = 600.0  # for a whole answer over OpenAI's API; as long as its SDKs wait
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
     fallbacks: dict[str, str] = Field(default_factory=dict)  # alias -> the one that stands in while its workers fail
 
