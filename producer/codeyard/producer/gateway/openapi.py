@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from codeyard.producer.gateway.anthropic import described as anthropic
+from codeyard.producer.gateway.openai import described as openai
 from codeyard.producer.gateway.openapi_schemas import (
     DONE,
     EVENTS,
@@ -47,6 +48,7 @@ def describe() -> dict[str, Any]:
             "/v1/jobs": {"post": _submit(), "get": _recent()},
             "/v1/jobs/{job_id}": {"get": _status(), "delete": _cancel()},
             "/v1/jobs/{job_id}/events": {"get": _events()},
+            **openai.paths(),
             **anthropic.paths(),
             **_admin(),
             "/healthz": {

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 
 from codeyard.producer.gateway.anthropic.handlers import anthropic_surface
+from codeyard.producer.gateway.openai.surface import openai_surface
 from codeyard.producer.gateway.surface import Kit, Surface
 
 
 def surfaces(kit: Kit) -> Sequence[Surface]:
-    return (anthropic_surface(kit),)
+    return (
+        openai_surface(kit),
+        anthropic_surface(kit),
+    )
