@@ -7,6 +7,7 @@
 Without URLs it uses the settings' ones (environment, codeyard.yaml), by default the embedded file.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -15,9 +16,10 @@ from typing import Any, Self, TypeVar
 from codeyard.producer.grouping import GroupingSubmitter
 from codeyard.producer.submission import Accepted, Submission, Submitter
 from codeyard.producer.waits import WaitBoard
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker, Publisher
 from codeyard.shared.chat import Chat
-from codeyard.shared.connect import open_broker, open_store
+from codeyard.shared.connect import open_blobs, open_broker, open_store
 from codeyard.shared.errors import FleetError, JobNotFound
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
 from codeyard.shared.reading import follow, wait_final
@@ -60,6 +62,8 @@ class AsyncClient:
         self._publisher: Publisher | None = None
         self._store: Store | None = None
         self._submitter: GroupingSubmitter | None = None
+        self._blobs: BlobStore | None = None
+        self._opening_blobs = asyncio.Lock()
 
     async def open(self) -> Self:
         """Connect. Raises BrokerUnavailable, StoreUnavailable, SettingsError."""
@@ -73,9 +77,11 @@ class AsyncClient:
             submitter = Submitter(
                 self._publisher,
                 self._store,
+                self.blobs,
                 self.topology,
                 board,
                 publish_timeout_s=min(self.settings.broker.publish_timeout_s, self._timeout_s),
+                max_prompt_bytes=self.settings.store.max_prompt_bytes,
                 refuse_late=self.settings.broker.refuse_late,
             )
             grouping = GroupingSubmitter(submitter, timeout_s=self._timeout_s)
@@ -101,6 +107,14 @@ class AsyncClient:
     @property
     def publisher(self) -> Publisher:
         return _opened(self._publisher)
+
+    async def blobs(self) -> BlobStore:
+        """Where long prompts lie; connected when the first one comes. Raises StoreUnavailable, SettingsError."""
+        async with self._opening_blobs:
+            if self._blobs is None:
+                self._blobs = await open_blobs(self.settings.store, self.topology)
+                self._stack.push_async_callback(self._blobs.close)
+            return self._blobs
 
     async def submit(
         self,

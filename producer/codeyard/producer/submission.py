@@ -1,6 +1,7 @@
 """Submit jobs so that "accepted" is true: reserve, publish, confirm, mark queued, and only then say so.
 
     estimate would start after its deadline -> DeadlineTooSoon
+    long prompt -> written to the store, the job carries its claim (shared.claims)
     reserve  new -> publish          attached, accepted -> done: the job that is there answers
              attached, still reserved -> wait one publish timeout for its submitter, then publish it
              conflict -> IdempotencyConflict
@@ -24,8 +25,10 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, w
 
 from codeyard.producer.waits import WaitBoard
 from codeyard.shared.alias import Alias
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Message, Publisher, PublishOutcome
 from codeyard.shared.chat import Chat
+from codeyard.shared.claims import SetAside, deposit, set_aside
 from codeyard.shared.envelope import new_nonce, seal
 from codeyard.shared.errors import (
     BrokerUnavailable,
@@ -33,6 +36,7 @@ from codeyard.shared.errors import (
     FleetError,
     IdempotencyConflict,
     QueueFull,
+    StorageQuotaExceeded,
     StoreUnavailable,
     UnknownModel,
 )
@@ -83,6 +87,7 @@ class _Draft:
     submission: Submission
     outcome: Accepted | FleetError | None = None
     job: Job | None = None
+    aside: SetAside | None = None  # a long prompt, to be deposited before the job is reserved
     reserved: Reserved | None = None
     publication: str = field(default_factory=new_nonce)
     published: bool = False  # a publish was tried: the broker may have it
@@ -101,17 +106,21 @@ class Submitter:
         self,
         publisher: Publisher,
         store: Store,
+        blobs: Callable[[], Awaitable[BlobStore]],
         topology: Topology,
         board: WaitBoard,
         *,
         publish_timeout_s: float,
+        max_prompt_bytes: int,
         refuse_late: bool = True,
     ) -> None:
         self._publisher = publisher
         self._store = store
+        self._blobs = blobs
         self._topology = topology
         self._board = board
         self._publish_timeout_s = publish_timeout_s
+        self._max_prompt_bytes = max_prompt_bytes
         self._refuse_late = refuse_late
         self._aliases: Mapping[str, Alias] = {}
         self._aliases_until_s = 0.0
@@ -124,6 +133,7 @@ class Submitter:
         try:
             await self._build(drafts, until_s)
             await self._refuse(_open(drafts), until_s)
+            await self._deposit(_open(drafts), until_s)
             await self._reserve(_open(drafts), until_s)
             await self._publish(_open(drafts), until_s)
         except (BrokerUnavailable, StoreUnavailable) as error:
@@ -144,6 +154,9 @@ class Submitter:
                 continue
             try:
                 job = _job(asked, alias)
+                if aside := set_aside(job, max_prompt_bytes=self._max_prompt_bytes):
+                    draft.aside, job = aside, aside.job
+                job.encode()  # raises JobTooLarge before anything is reserved
                 shards, per_tenant = alias.shards, alias.shards_per_tenant
                 shard = self._board.shard(job.revision, job.lane, job.tenant, shards=shards, per_tenant=per_tenant)
                 draft.estimated_start_s = self._board.estimate_s(job.revision, job.lane)
@@ -166,6 +179,19 @@ class Submitter:
                 draft.outcome = DeadlineTooSoon(
                     estimated_start_s=draft.estimated_start_s, timeout_s=draft.submission.timeout_s
                 )
+
+    async def _deposit(self, drafts: Sequence[_Draft], until_s: float) -> None:
+        """Long prompts are in the store before anyone can see their jobs."""
+        for draft in drafts:
+            if draft.aside is not None:
+                try:
+                    await _within(until_s, partial(self._deposit_one, draft.aside))
+                except StorageQuotaExceeded as error:
+                    draft.outcome = error
+                draft.aside = None  # the bytes
+
+    async def _deposit_one(self, aside: SetAside) -> None:
+        await deposit(await self._blobs(), aside, self._store.timing)
 
     async def _alias(self, name: str, until_s: float) -> Alias | None:
         now_s = time.monotonic()
@@ -273,7 +299,7 @@ class Submitter:
 def _job(asked: Submission, alias: Alias) -> Job:
     key, sampling = asked.idempotency_key, asked.sampling
     job_id: JobId = asked.job_id or new_job_id() if key is None else job_id_for_key(asked.tenant, key)
-    job = Job.build(
+    return Job.build(
         id=job_id,
         tenant=asked.tenant,
         key=job_id if key is None else key,
@@ -287,8 +313,6 @@ def _job(asked: Submission, alias: Alias) -> Job:
         metadata=dict(asked.metadata),
         asked_model=asked.asked_model,
     )
-    job.encode()  # raises JobTooLarge before anything is reserved
-    return job
 
 
 def _is_late(draft: _Draft) -> bool:

@@ -39,6 +39,26 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Prompt = Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)] | Chat
 """Text, token ids of the model's own vocabulary, or a conversation that the model's template renders."""
 
+CLAIM_OVER_BYTES = 65_536  # of a prompt as canonical JSON: longer ones lie in the store, see claims.py
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Claim(BaseModel):
+    """What a job carries in place of a long prompt: where it lies in the store, and what a scheduler asks of it.
+
+    `digest` is SHA-256 of the prompt's canonical JSON, `chunks` those of its pieces, in order. `tokens` is the
+    estimate of whoever wrote it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: Sha256
+    kind: Literal["text", "tokens", "chat"]
+    size_bytes: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    chunks: Annotated[tuple[Sha256, ...], Field(min_length=1, max_length=4_096)]
+
+
 CHARS_PER_TOKEN = 3  # of our own sources: 3.3 with a tokenizer of 32,768 entries, 2.6 with the starter's 2,048
 
 
@@ -95,9 +115,10 @@ class Sampling(BaseModel):
 class Job(BaseModel):
     """One code-generation job. Frozen; unknown envelope fields are kept and passed on.
 
-    `prompt` is text, token ids of the model's own vocabulary, or a conversation. `revision` and `shard` (which of its
-    lane's queues) are filled in when the job is pinned at submission. `stream` asks the worker to publish
-    tokens as they come; any job can be read as a stream, one without it arrives in one piece.
+    `prompt` is text, token ids of the model's own vocabulary, a conversation, or the claim of a long one.
+    `revision` and `shard` (which of its lane's queues) are filled in when the job is pinned at submission.
+    `stream` asks the worker to publish tokens as they come; any job can be read as a stream, one without it
+    arrives in one piece.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -110,7 +131,7 @@ class Job(BaseModel):
     revision: Name
     lane: Lane = Lane.STANDARD
     shard: Annotated[int, Field(ge=0, lt=1_024)] = 0
-    prompt: Prompt
+    prompt: Prompt | Claim
     sampling: Sampling = Sampling()
     stream: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] = DEFAULT_TIMEOUT_S
@@ -126,16 +147,22 @@ class Job(BaseModel):
     def digest(self) -> str:
         """What makes two submissions "the same body": SHA-256 over canonical JSON, hex.
 
-        Covers alias, prompt and sampling, unset fields left out, and a version. Not lane, deadline,
-        stream, metadata or trace: those say how a job travels, not what it is.
+        Covers alias, prompt and sampling, unset fields left out, and a version. A prompt over CLAIM_OVER_BYTES
+        counts as {"sha256": digest}, claimed or not. Not lane, deadline, stream, metadata or trace: those say
+        how a job travels, not what it is.
         """
         sampling = self.sampling.model_dump(mode="json", exclude_none=True)
         if not sampling["stop"]:
             del sampling["stop"]
-        chat = self.prompt.model_dump(mode="json", exclude_defaults=True) if isinstance(self.prompt, Chat) else None
-        body = {"v": 1, "model": self.asked_model or self.model, "prompt": chat or self.prompt, "sampling": sampling}
-        canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        claimed = self.prompt.digest if isinstance(self.prompt, Claim) else None
+        prompt = "" if isinstance(self.prompt, Claim) else canonical_prompt(self.prompt)
+        if len(prompt) > CLAIM_OVER_BYTES:
+            claimed = sha256_of(prompt)
+        if claimed is not None:
+            prompt = _canonical({"sha256": claimed})
+        alias = _canonical(self.asked_model or self.model)
+        # The keys in their order, written by hand: a long prompt is not encoded twice.
+        return sha256_of(f'{{"model":{alias},"prompt":{prompt},"sampling":{_canonical(sampling)},"v":1}}')
 
     def encode(self) -> bytes:
         """UTF-8 JSON without unset optional fields. Raises JobTooLarge past MAX_JOB_BYTES."""
@@ -164,12 +191,38 @@ class Job(BaseModel):
             raise InvalidJob(first["msg"], field=_where(first["loc"])) from None
 
 
-def estimate_tokens(prompt: str | Sequence[int] | Chat) -> int:
+def canonical_prompt(prompt: str | Sequence[int] | Chat) -> str:
+    """The prompt as the JSON that digests are taken of; ASCII."""
+    return _canonical(prompt.model_dump(mode="json", exclude_defaults=True) if isinstance(prompt, Chat) else prompt)
+
+
+def estimate_tokens(prompt: str | Sequence[int] | Chat | Claim) -> int:
     """Of a prompt whose tokens nobody has counted; exact for token ids. At least 1."""
+    if isinstance(prompt, Claim):
+        return prompt.tokens
     if isinstance(prompt, Chat | str):
         num_chars = len(prompt) if isinstance(prompt, str) else prompt.num_chars
         return math.ceil(num_chars / CHARS_PER_TOKEN)
     return len(prompt)
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def shared_key(model: str, prompt: str | Sequence[int] | Chat, sampling: Sampling) -> str:
+    """The idempotency key under which equal jobs share one generation. Raises InvalidJob (`share`) for those
+    whose answers differ each time: with a temperature and no seed."""
+    if sampling.temperature and sampling.seed is None:
+        raise InvalidJob("needs temperature 0 or a seed: otherwise equal jobs have different answers", field="share")
+    job_id = new_job_id()
+    checked = prompt if isinstance(prompt, str | Chat) else tuple(prompt)
+    job = Job.build(id=job_id, key=job_id, model=model, revision=model, prompt=checked, sampling=sampling.model_dump())
+    return f"shared:{job.digest()}"
 
 
 def job_id_for_key(tenant: str, key: str) -> JobId:

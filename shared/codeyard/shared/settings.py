@@ -34,7 +34,7 @@ from pydantic_settings import (
 
 from codeyard.shared.engine_args import refusals
 from codeyard.shared.errors import SettingsError
-from codeyard.shared.job import MAX_JOB_BYTES, Lane
+from codeyard.shared.job import Lane
 from codeyard.shared.store.port import Timing
 
 
@@ -116,7 +116,7 @@ class StoreSettings(_Group):
 class GatewaySettings(_Group):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080  # 0: any free one, printed at start
-    max_body_bytes: PositiveInt = MAX_JOB_BYTES
+    max_body_bytes: PositiveInt = 17_825_792  # the longest prompt, and a MiB for what is around it
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
     answer_wait_s: PositiveFloat = 600.0  # for a whole answer over OpenAI's API; as long as its SDKs wait
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included

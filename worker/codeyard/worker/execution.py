@@ -12,7 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
-from codeyard.shared.errors import EngineDead, JobFailed, JobRejected
+from codeyard.shared.blobs.port import BlobStore
+from codeyard.shared.claims import redeem
+from codeyard.shared.errors import BlobMissing, EngineDead, JobFailed, JobRejected, MalformedMessage
+from codeyard.shared.job import Claim, Prompt
 from codeyard.shared.record import Event, Failure, Result, State, Usage
 from codeyard.shared.store.port import Renewal, Store
 from codeyard.worker.engines.port import Adapter, Delta, Engine, EngineJob
@@ -39,6 +42,7 @@ async def execute(
     held: HeldJob,
     engine: Engine,
     store: Store,
+    blobs: BlobStore | None,
     *,
     adapters: Mapping[str, Adapter | None],
     batch_size: int,
@@ -50,9 +54,10 @@ async def execute(
     finish_reason, prompt_tokens = None, 0
     error: Exception | None = None
     try:
+        prompt = await _prompt(held, blobs)
         await _prepare(held, store, alone=held.suspect and batch_size == 1)
         async with asyncio.timeout(held.deadline_s - time.monotonic()):
-            deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, adapters)))
+            deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, prompt, adapters)))
             async with aclosing(deltas):
                 async for delta in deltas:
                     if delta.token_ids and first_s is None:
@@ -145,14 +150,31 @@ async def _streamed(held: HeldJob, store: Store) -> list[Event]:
     return events
 
 
-def _engine_job(held: HeldJob, adapters: Mapping[str, Adapter | None]) -> EngineJob:
+async def _prompt(held: HeldJob, blobs: BlobStore | None) -> Prompt:
+    """What the job's claim stands for, if it has one. Raises JobRejected."""
+    prompt = held.job.prompt
+    if not isinstance(prompt, Claim):
+        return prompt
+    if blobs is None:
+        raise JobRejected("prompt_missing", "this worker has no access to stored prompts")
+    if held.redeemed is None:
+        try:
+            held.redeemed = await persist(lambda: redeem(blobs, held.job.tenant, prompt))
+        except BlobMissing as error:
+            raise JobRejected("prompt_missing", str(error)) from None
+        except MalformedMessage as error:
+            raise JobRejected("prompt_malformed", str(error)) from None
+    return held.redeemed
+
+
+def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | None]) -> EngineJob:
     """Raises JobRejected for a revision whose weights are not here: another's answer would be a wrong one."""
     job = held.job
     if job.revision not in adapters:
         raise JobRejected("unknown_revision", f"this worker has {', '.join(adapters)}, not {job.revision}")
     return EngineJob(
         id=job.id,
-        prompt=job.prompt,
+        prompt=prompt,
         sampling=job.sampling,
         lane=job.lane,
         stream=job.stream,

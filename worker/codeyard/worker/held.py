@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from codeyard.shared.broker.port import Delivery
 from codeyard.shared.chat import Chat, TokenLogprob, ToolCall, ToolCallDelta
 from codeyard.shared.envelope import Envelope
-from codeyard.shared.job import Job, JobId
+from codeyard.shared.job import Job, JobId, Prompt
 from codeyard.shared.record import Event, EventKind, Result
 from codeyard.shared.store.port import Claimed
 from codeyard.worker.engines.port import Delta
@@ -137,6 +137,7 @@ class HeldJob:
     first_token_s: float | None = None  # when this worker had its first token; None if an earlier owner had it
     alone_crashes: int = 0  # engines that died under it while it ran alone, in this process
     stop_reason: str | None = None  # why it was told to stop: cancelled, lost, preempted, drained
+    redeemed: Prompt | None = None  # the prompt, where the job has only its claim
     abandoned: bool = False  # its engine died without ending it, so its task was cancelled
 
     @classmethod
@@ -166,7 +167,7 @@ class HeldJob:
         """Whether generation can go on from tokens an earlier run left. A seed starts a generator of its own, a
         format its grammar and a reader of calls its text from the beginning, and the log probabilities of
         those tokens are gone: such a job starts over."""
-        asked, prompt = self.job.sampling, self.job.prompt
+        asked, prompt = self.job.sampling, self.redeemed or self.job.prompt
         afresh = (asked.seed, asked.output_format, asked.logprobs)
         reads_calls = isinstance(prompt, Chat) and prompt.offers_tools
         return not asked.stop and all(one is None for one in afresh) and not reads_calls

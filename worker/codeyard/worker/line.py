@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.notice import ModelNotice
@@ -56,6 +57,7 @@ class Plant:
     leases: LeaseKeeper
     owner: str  # this worker's name; unique for every process ever started
     on_job_ended: Callable[[], None] = lambda: None
+    blobs: BlobStore | None = None  # where long prompts lie; None: none come here
     schedule: Callable[[AdmissionSettings, EngineInfo, StepCost], Scheduler] = make_scheduler
 
     def queues_of(self, revision: str) -> dict[Lane, tuple[str, ...]]:
@@ -170,6 +172,7 @@ class Line:
             max_attempts=worker.max_attempts,
             stall_s=worker.stall_s,
             hand_back_s=worker.hand_back_s,
+            blobs=plant.blobs,
         )
         intake = self._intake = Intake(
             consumer, plant.store, settler, self._hand, owner=plant.owner, on_claimed=runner.offer

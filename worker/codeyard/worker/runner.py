@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Protocol
 
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.errors import EngineDead, EngineUnavailable
 from codeyard.shared.job import JobId, Lane, estimate_tokens
 from codeyard.shared.record import Failure, Result, State
@@ -62,6 +63,7 @@ class Runner:
         max_attempts: int,
         stall_s: float,
         hand_back_s: float,
+        blobs: BlobStore | None = None,
     ) -> None:
         self._lease = lease
         self._engine: Engine | None = lease.engine
@@ -69,6 +71,7 @@ class Runner:
         self._adapters = {revision: None, **adapters}  # by the revision that jobs are pinned to
         self._scheduler = scheduler
         self._store = store
+        self._blobs = blobs
         self._settler = settler
         self._writer = writer
         self._metrics = metrics
@@ -191,7 +194,13 @@ class Runner:
     async def _run(self, held: HeldJob, engine: Engine, batch_size: int) -> None:
         started_s = time.monotonic()
         attempt = await execute(
-            held, engine, self._store, adapters=self._adapters, batch_size=batch_size, on_delta=self._on_delta
+            held,
+            engine,
+            self._store,
+            self._blobs,
+            adapters=self._adapters,
+            batch_size=batch_size,
+            on_delta=self._on_delta,
         )
         del self._running[held.id], self._job_tasks[held.id]
         now_s = time.monotonic()

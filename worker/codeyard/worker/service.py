@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from codeyard.shared.alias import Alias
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker
-from codeyard.shared.connect import open_broker, open_store
+from codeyard.shared.connect import open_blobs, open_broker, open_store
 from codeyard.shared.envelope import new_nonce
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import JobId
@@ -83,7 +84,9 @@ async def run_worker(
         stack.push_async_callback(broker.close)
         store = await persist(lambda: open_store(settings.store, topology))
         stack.push_async_callback(store.close)
-        await Worker(settings, broker, store, cache, catalogue, metrics).serve(stop, on_ready)
+        blobs = await persist(lambda: open_blobs(settings.store, topology))
+        stack.push_async_callback(blobs.close)
+        await Worker(settings, broker, store, blobs, cache, catalogue, metrics).serve(stop, on_ready)
 
 
 class Worker:
@@ -94,6 +97,7 @@ class Worker:
         settings: Settings,
         broker: Broker,
         store: Store,
+        blobs: BlobStore,
         cache: ModelCache,
         catalogue: Catalogue,
         metrics: Metrics,
@@ -113,7 +117,8 @@ class Worker:
             on_cancel=self._cancel,
         )
         self._profile = MemoryProfile.of(settings.worker)
-        plant = Plant(settings, broker, store, topology, metrics, self._leases, self._owner, self._profile.job_ended)
+        job_ended = self._profile.job_ended
+        plant = Plant(settings, broker, store, topology, metrics, self._leases, self._owner, job_ended, blobs)
         self._station = Station(plant, cache, catalogue, self._opened)
         self._rollouts = Rollouts(
             store,
