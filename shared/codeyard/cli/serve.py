@@ -27,9 +27,17 @@ def engine_options(command: Any) -> Any:
 @serving
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65_535), help="0: any free one, printed. [default: 8080]")
+@click.option("--grpc-port", type=click.IntRange(0, 65_535), help="Serve gRPC too. 0: any free one, printed.")
 @one_line_errors
-def gateway(host: str | None, port: int | None, log_level: str | None, log_format: str | None, **where: Any) -> None:
-    """Serve the HTTP API.
+def gateway(
+    host: str | None,
+    port: int | None,
+    grpc_port: int | None,
+    log_level: str | None,
+    log_format: str | None,
+    **where: Any,
+) -> None:
+    """Serve the HTTP API, and gRPC where it is asked for.
 
     \b
     codeyard gateway --port 8080
@@ -38,8 +46,13 @@ def gateway(host: str | None, port: int | None, log_level: str | None, log_forma
     _check_gateway()
     from codeyard.producer.gateway.serve import run_gateway
 
-    settings = settings_of(**where, gateway={"host": host, "port": port}, log_level=log_level, log_format=log_format)
-    until_stopped(settings, lambda stop: run_gateway(settings, stop, on_ready=_say_gateway))
+    settings = settings_of(
+        **where,
+        gateway={"host": host, "port": port, "grpc_port": grpc_port},
+        log_level=log_level,
+        log_format=log_format,
+    )
+    until_stopped(settings, lambda stop: run_gateway(settings, stop, on_ready=_say_gateway, on_grpc=_say_grpc))
 
 
 @click.command()
@@ -94,10 +107,12 @@ def worker(
 @engine_options
 @click.option("--host", help="Address to listen on. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65_535), help="0: any free one, printed. [default: 8080]")
+@click.option("--grpc-port", type=click.IntRange(0, 65_535), help="Serve gRPC too. 0: any free one, printed.")
 @one_line_errors
 def up(
     host: str | None,
     port: int | None,
+    grpc_port: int | None,
     model: str | None,
     engine: str | None,
     max_running: int | None,
@@ -115,7 +130,7 @@ def up(
     _check_gateway()
     settings = settings_of(
         **where,
-        gateway={"host": host, "port": port},
+        gateway={"host": host, "port": port, "grpc_port": grpc_port},
         worker={"model": model, "engine": engine, "set_alias": set_alias},
         engine={"max_running": max_running},
         log_level=log_level,
@@ -133,11 +148,16 @@ async def _both(settings: Settings, stop: asyncio.Event) -> None:
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run_worker(settings, stop, on_ready=say), name="worker")
-        tasks.create_task(run_gateway(settings, stop, on_ready=_say_gateway), name="gateway")
+        serving = run_gateway(settings, stop, on_ready=_say_gateway, on_grpc=_say_grpc)
+        tasks.create_task(serving, name="gateway")
 
 
 def _say_gateway(url: str) -> None:
     click.echo(f"gateway {url}")
+
+
+def _say_grpc(address: str) -> None:
+    click.echo(f"grpc {address}")
 
 
 def _check_gateway() -> None:

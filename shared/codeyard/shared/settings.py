@@ -116,6 +116,7 @@ class StoreSettings(_Group):
 class GatewaySettings(_Group):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 8080  # 0: any free one, printed at start
+    grpc_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # on the same host; None: no gRPC
     max_body_bytes: PositiveInt = 17_825_792  # the longest prompt, and a MiB for what is around it
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
     answer_wait_s: PositiveFloat = 600.0  # for a whole answer over OpenAI's API; as long as its SDKs wait

@@ -1,4 +1,4 @@
-"""The gateway process: connect, settle who may call, serve HTTP, reconcile, drain.
+"""The gateway process: connect, settle who may call, serve HTTP and gRPC, reconcile, drain.
 
 Told to stop, it takes no more connections, ends event streams and waits so that their callers go on
 elsewhere, and lets requests finish. Called by: the `codeyard gateway` and `codeyard up` commands.
@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from codeyard.producer.async_client import AsyncClient
 from codeyard.producer.gateway.access import Access, check_mode, opened_access
-from codeyard.producer.gateway.app import create_app
+from codeyard.producer.gateway.app import Probe, create_app
 from codeyard.producer.gateway.fallback import GuardedJobs
 from codeyard.producer.gateway.health import Breakers
 from codeyard.producer.gateway.jobs import Jobs
@@ -46,9 +46,14 @@ DRAIN_MARGIN_S = 2  # on top of the longest submission, for requests under way w
 
 
 async def run_gateway(
-    settings: Settings, stop: asyncio.Event, *, on_ready: Callable[[str], None] = lambda _: None
+    settings: Settings,
+    stop: asyncio.Event,
+    *,
+    on_ready: Callable[[str], None] = lambda _: None,
+    on_grpc: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Serve until `stop` is set. `on_ready` gets the URL once requests are answered.
+    """Serve until `stop` is set. `on_ready` gets the URL once requests are answered; `on_grpc`, before that, the
+    address of gRPC, where it is on.
 
     Waits for a broker or store that is not up yet. Raises SettingsError if the port cannot be had, or if it
     would listen beyond loopback without authentication.
@@ -78,7 +83,7 @@ async def run_gateway(
         if access is not None:
             jobs = GuardedJobs(client, breakers, client.store, settings.breaker, fallbacks=settings.gateway.fallbacks)
             stack.push_async_callback(jobs.close)
-            await _serve(client, jobs, metrics, settings, access, stop, on_ready)
+            await _serve(client, jobs, metrics, settings, access, stop, on_ready, on_grpc)
 
 
 async def _serve(
@@ -89,10 +94,12 @@ async def _serve(
     access: Access,
     stop: asyncio.Event,
     on_ready: Callable[[str], None],
+    on_grpc: Callable[[str], None],
 ) -> None:
     settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
     kit = Kit(settings, metrics, stop, client.store)
+    probes: dict[str, Probe] = {"broker": broker.ping, "store": client.store.ping}
     app = create_app(
         jobs,
         kit,
@@ -100,7 +107,7 @@ async def _serve(
         limits=access.limits,
         surfaces=surfaces(kit),
         open_metrics=everything.auth.open_metrics,
-        probes={"broker": broker.ping, "store": client.store.ping},
+        probes=probes,
     )
     with listen(settings.host, settings.port) as listener:
         url = _url(listener)
@@ -110,7 +117,9 @@ async def _serve(
             on_ready(url)
 
         server = _Server(app, settings, ready)
-        async with asyncio.TaskGroup() as tasks:
+        async with _grpc(jobs, kit, access, probes) as address, asyncio.TaskGroup() as tasks:
+            if address is not None:
+                on_grpc(address)
             tasks.create_task(
                 run_reconciler(broker, client.store, client.topology, stop, on_done=_counted(metrics)),
                 name="reconciler",
@@ -120,6 +129,19 @@ async def _serve(
             tasks.create_task(server.stop_when(stop), name="stop")
             await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})
+
+
+def _grpc(
+    jobs: Jobs, kit: Kit, access: Access, probes: dict[str, Probe]
+) -> contextlib.AbstractAsyncContextManager[str | None]:
+    """The address of gRPC, None where it is off. Imported here: the gateway does without it."""
+    if (port := kit.settings.grpc_port) is None:
+        return contextlib.nullcontext()
+    try:
+        from codeyard.producer.rpc.serving import serving
+    except ImportError as error:
+        raise SettingsError(f"gateway.grpc_port is set: pip install 'codeyard[grpc]' ({error})") from None
+    return serving(jobs, kit, auth=access.auth, limits=access.limits, probes=probes, host=kit.settings.host, port=port)
 
 
 def _client(settings: Settings, breakers: Breakers) -> AsyncClient:

@@ -219,7 +219,7 @@ class GetRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("id", "state", "lane", "model", "revision", "tenant", "key", "attempt", "created_at", "started_at", "finished_at", "deadline_at", "cancel_requested", "last_seq", "result")
+    __slots__ = ("id", "state", "lane", "model", "revision", "tenant", "key", "attempt", "created_at", "started_at", "finished_at", "deadline_at", "cancel_requested", "last_seq", "result", "asked_model")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +235,7 @@ class JobStatus(_message.Message):
     CANCEL_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    ASKED_MODEL_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: State
     lane: Lane
@@ -250,7 +251,8 @@ class JobStatus(_message.Message):
     cancel_requested: bool
     last_seq: int
     result: Result
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., lane: _Optional[_Union[Lane, str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., attempt: _Optional[int] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., deadline_at: _Optional[float] = ..., cancel_requested: _Optional[bool] = ..., last_seq: _Optional[int] = ..., result: _Optional[_Union[Result, _Mapping]] = ...) -> None: ...
+    asked_model: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., lane: _Optional[_Union[Lane, str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., attempt: _Optional[int] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., deadline_at: _Optional[float] = ..., cancel_requested: _Optional[bool] = ..., last_seq: _Optional[int] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., asked_model: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
     __slots__ = ("state", "text", "content", "tool_calls", "logprobs", "finish_reason", "usage", "error", "engine", "revision", "batch_size", "first_token_s", "generate_s")

@@ -91,9 +91,9 @@ def _bound(server: grpc.aio.Server, host: str, port: int) -> str:
     name = f"[{host}]" if ":" in host else host
     try:
         bound = server.add_insecure_port(f"{name}:{port}")
-    except RuntimeError as error:
+    except RuntimeError:  # gRPC has logged the reason
         raise SettingsError(
-            f"cannot listen on {name}:{port} for gRPC: {error}; choose another with --grpc-port (0: any free one)"
+            f"cannot listen on {name}:{port} for gRPC; choose another with --grpc-port (0: any free one)"
         ) from None
     return f"{name}:{bound}"
 

@@ -47,6 +47,7 @@ def status_message(status: JobStatus) -> pb.JobStatus:
         cancel_requested=status.cancel_requested,
         last_seq=status.last_seq,
         result=result_message(status.result) if status.result is not None else None,
+        asked_model=status.asked_model,
     )
 
 
@@ -110,7 +111,7 @@ def status_of(message: pb.JobStatus) -> JobStatus:
         key=message.key,
         attempt=message.attempt,
         created_at=message.created_at,
-        **_given(message, "started_at", "finished_at"),
+        **_given(message, "started_at", "finished_at", "asked_model"),
         deadline_at=message.deadline_at,
         cancel_requested=message.cancel_requested,
         last_seq=message.last_seq,

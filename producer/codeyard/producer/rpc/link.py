@@ -1,0 +1,89 @@
+"""The client's line to the gateways: one channel, calls tried again, our errors instead of gRPC's.
+
+A target may stand for several gateways, as DNS does or `ipv4:10.0.0.1:9090,10.0.0.2:9090`: the channel takes
+another one when the one it has goes away. Called by: rpc.client, rpc.client_inference.
+"""
+
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from codeyard.producer.rpc.codeyard_pb2_grpc import FleetStub
+from codeyard.producer.rpc.refusals import GatewayUnavailable, told_by
+from codeyard.shared.errors import AuthUnavailable, BrokerUnavailable, FleetError, StoreUnavailable
+
+T = TypeVar("T")
+
+COME_BACK = (GatewayUnavailable, BrokerUnavailable, StoreUnavailable, AuthUnavailable)  # the same again may do
+
+KEEPALIVE_MS = 30_000  # of silence while a call is open, then a ping; gateways allow one every 10 s
+KEEPALIVE_ANSWER_MS = 10_000
+MAX_MESSAGE_BYTES = 64 * 1_048_576  # of a result with 131,072 tokens and a few likely others for each
+RECONNECT_MS = 200, 5_000  # first and longest pause of the channel before it tries an address again
+PAUSE_S = 0.1, 2.0  # first and longest pause of a stream before it goes on
+
+
+class Link:
+    def __init__(
+        self, target: str, *, credential: str | None, tls: grpc.ChannelCredentials | None, options: dict[str, Any]
+    ) -> None:
+        given = {
+            "grpc.keepalive_time_ms": KEEPALIVE_MS,
+            "grpc.keepalive_timeout_ms": KEEPALIVE_ANSWER_MS,
+            "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
+            "grpc.initial_reconnect_backoff_ms": RECONNECT_MS[0],
+            "grpc.min_reconnect_backoff_ms": RECONNECT_MS[0],
+            "grpc.max_reconnect_backoff_ms": RECONNECT_MS[1],
+            **options,
+        }
+        pairs = list(given.items())
+        self._channel = (
+            grpc.aio.insecure_channel(target, pairs) if tls is None else grpc.aio.secure_channel(target, tls, pairs)
+        )
+        self.stub: Any = FleetStub(self._channel)
+        self.metadata = (("authorization", f"Bearer {credential}"),) if credential is not None else ()
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def call(self, method: Callable[..., Awaitable[T]], request: Any, *, timeout_s: float) -> T:
+        """One answer to one message; asked again until `timeout_s` has passed. Raises our errors."""
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(COME_BACK),
+            wait=wait_random_exponential(multiplier=PAUSE_S[0], max=PAUSE_S[1]),
+            stop=stop_after_delay(timeout_s),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt, translated():
+                left_s = max(0.1, timeout_s - (attempt.retry_state.seconds_since_start or 0.0))
+                return await method(request, timeout=left_s, metadata=self.metadata)
+        raise AssertionError("tenacity returns or raises")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """gRPC's errors as ours."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise told_by(error).error() from None
+    except grpc.aio.UsageError as error:  # the channel is closed
+        raise FleetError(f"the client is not open: {error}") from None
+
+
+def pauses() -> Iterator[float]:
+    """Seconds before each further try, without an end."""
+    longest_s = PAUSE_S[0]
+    while True:
+        yield random.uniform(longest_s / 2, longest_s)
+        longest_s = min(PAUSE_S[1], longest_s * 2)
