@@ -23,7 +23,7 @@ from typing import Any
 from codeyard.producer.gateway.breaker import TRAFFIC, Ticket
 from codeyard.producer.gateway.health import Breakers, not_asked
 from codeyard.producer.gateway.jobs import AcceptedJob, Jobs
-from codeyard.shared.alias import Alias
+from codeyard.shared.alias import Alias, Target
 from codeyard.shared.chat import Chat
 from codeyard.shared.errors import BrokerUnavailable, FleetError, JobNotFound, ModelUnavailable, StoreUnavailable
 from codeyard.shared.job import JobId, Lane, Sampling
@@ -260,8 +260,8 @@ class _Fleet:
         found, now_s = self._aliases.get(alias), self._clock()
         if found is None or now_s - self._seen_s > STALE_S:
             return False
-        since_s = self._unserved_since_s.get(_base(found.pin(job_id).revision), now_s)
-        return now_s - since_s >= self._unserved_s
+        since_s = self._unserved_since_s.get(_base(found.pin(job_id).revision))
+        return since_s is not None and now_s - since_s >= self._unserved_s
 
     async def _look(self) -> None:
         try:
@@ -275,7 +275,7 @@ class _Fleet:
         self._unserved_since_s = {one: since.get(one, self._seen_s) for one in wanted - self._served}
 
 
-def _targets(alias: Alias) -> list[Any]:
+def _targets(alias: Alias) -> list[Target]:
     new = alias.rollout.new if alias.rollout else None
     return [alias.target, new] if new else [alias.target]
 
