@@ -3,13 +3,14 @@
 from typing import Any
 
 import httpx
+import pytest
 from support.fleet import Backend, gateway_task, worker_task
 
 from codeyard.producer.submission import Submission
 from codeyard.shared.blobs.port import digest_of
 from codeyard.shared.chat import Chat, Message
 from codeyard.shared.claims import HOLDER
-from codeyard.shared.errors import StorageQuotaExceeded
+from codeyard.shared.errors import InvalidJob, StorageQuotaExceeded
 from codeyard.shared.job import Claim, Sampling, canonical_prompt, estimate_tokens
 from codeyard.shared.record import State
 
@@ -94,3 +95,18 @@ async def test_the_gateway_takes_long_prompts_and_shares_equal_jobs(embedded: Ba
     assert (second.status_code, second.json()["id"], second.json()["attached"]) == (200, first.json()["id"], True)
     assert (drawn.status_code, drawn.json()["field"]) == (422, "share")
     assert (claimed.status_code, claimed.json()["field"]) == (422, "prompt")
+
+
+async def test_equal_jobs_of_a_client_share_one_generation_when_they_may(embedded: Backend) -> None:
+    """Each tenant its own, and only those that ask for it."""
+    async with worker_task(embedded.settings()), embedded.client() as client:
+        first = await client.submit("def f(", sampling={"seed": 3, "temperature": 0.5}, share=True)
+        second = await client.submit("def f(", sampling={"seed": 3, "temperature": 0.5}, share=True)
+        alone = await client.submit("def f(", sampling={"seed": 3, "temperature": 0.5})
+        foreign = await client.submit("def f(", sampling={"seed": 3, "temperature": 0.5}, share=True, tenant="acme")
+        with pytest.raises(InvalidJob, match="share"):
+            await client.submit("def f(", sampling={"temperature": 0.5}, share=True)
+        await first.result()
+
+    assert (second.id, second.attached) == (first.id, True)
+    assert len({first.id, alone.id, foreign.id}) == 3

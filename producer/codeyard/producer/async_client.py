@@ -127,13 +127,15 @@ class AsyncClient:
         stream: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         metadata: Mapping[str, Any] | None = None,
+        share: bool = False,
         tenant: str | None = None,
         traceparent: str | None = None,
         job_id: JobId | None = None,
         asked_model: str | None = None,
     ) -> "AsyncJob":
         """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
-        job there. Raises IdempotencyConflict, QueueFull, DeadlineTooSoon, UnknownModel, InvalidJob,
+        job there; with `share` and no key, equal deterministic jobs of a tenant are one. Raises IdempotencyConflict,
+        QueueFull, DeadlineTooSoon, UnknownModel, InvalidJob, StorageQuotaExceeded,
         BrokerUnavailable, StoreUnavailable."""
         submission = Submission(
             prompt=prompt,
@@ -145,6 +147,7 @@ class AsyncClient:
             timeout_s=timeout_s,
             tenant=tenant or self._tenant,
             metadata=metadata or {},
+            share=share,
             traceparent=traceparent,
             job_id=job_id,
             asked_model=asked_model,

@@ -81,6 +81,7 @@ class Client:
         stream: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         metadata: Mapping[str, Any] | None = None,
+        share: bool = False,
     ) -> "Job":
         """Return once the job is accepted. Errors as AsyncClient.submit."""
         client = self._open()
@@ -94,6 +95,7 @@ class Client:
                 stream=stream,
                 timeout_s=timeout_s,
                 metadata=metadata,
+                share=share,
             ),
             self._timeout_s,
         )

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from codeyard.producer.waits import WaitBoard
@@ -35,12 +36,13 @@ from codeyard.shared.errors import (
     DeadlineTooSoon,
     FleetError,
     IdempotencyConflict,
+    InvalidJob,
     QueueFull,
     StorageQuotaExceeded,
     StoreUnavailable,
     UnknownModel,
 )
-from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, job_id_for_key, new_job_id
+from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, job_id_for_key, new_job_id, shared_key
 from codeyard.shared.record import Record, State
 from codeyard.shared.store.port import Queued, Reservation, Reserved, ReserveVerdict, Store
 from codeyard.shared.topology import Topology
@@ -68,6 +70,7 @@ class Submission:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str | None = None
     asked_model: str | None = None  # what the caller named, where `model` stands in for it
+    share: bool = False  # equal jobs without a key of their own are one; see docs/claim-checks.md
     job_id: JobId | None = None  # of a submission without a key, where it must be known before; otherwise a new one
 
 
@@ -298,6 +301,9 @@ class Submitter:
 
 def _job(asked: Submission, alias: Alias) -> Job:
     key, sampling = asked.idempotency_key, asked.sampling
+    if key is None and asked.share:
+        checked = sampling if isinstance(sampling, Sampling) else _sampling(sampling)
+        key = shared_key(asked.asked_model or asked.model, asked.prompt, checked)
     job_id: JobId = asked.job_id or new_job_id() if key is None else job_id_for_key(asked.tenant, key)
     return Job.build(
         id=job_id,
@@ -313,6 +319,13 @@ def _job(asked: Submission, alias: Alias) -> Job:
         metadata=dict(asked.metadata),
         asked_model=asked.asked_model,
     )
+
+
+def _sampling(fields: Mapping[str, Any]) -> Sampling:
+    try:
+        return Sampling.model_validate(dict(fields))
+    except ValidationError as error:
+        raise InvalidJob(str(error.errors(include_url=False)[0]["msg"]), field="sampling") from None
 
 
 def _is_late(draft: _Draft) -> bool:

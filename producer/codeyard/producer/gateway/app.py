@@ -145,6 +145,7 @@ class _Native:
                 timeout_s=asked.timeout_s,
                 metadata=asked.metadata,
                 traceparent=requests.traceparent(request.headers),
+                share=asked.share,
             )
         except (Refused, FleetError) as error:
             self._metrics.submissions.labels(lane=lane, outcome=kind_of(error)).inc()

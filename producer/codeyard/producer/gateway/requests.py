@@ -54,6 +54,9 @@ class SubmitBody(BaseModel):
     stream: Annotated[
         bool, Field(description="Publish tokens as they come. Without it the events arrive in one piece.")
     ] = False
+    share: Annotated[
+        bool, Field(description="Without an Idempotency-Key, equal deterministic jobs share one generation.")
+    ] = False
     timeout_s: Annotated[
         float, Field(gt=0, le=MAX_TIMEOUT_S, description="The job expires if it is not final in so many seconds.")
     ] = DEFAULT_TIMEOUT_S

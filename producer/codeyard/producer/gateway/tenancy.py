@@ -16,7 +16,7 @@ from codeyard.producer.gateway.jobs import AcceptedJob, Jobs
 from codeyard.producer.gateway.limits import Admission, Limits, estimate
 from codeyard.shared.chat import Chat
 from codeyard.shared.errors import FleetError, JobNotFound
-from codeyard.shared.job import JobId, Lane, Sampling, job_id_for_key, new_job_id
+from codeyard.shared.job import JobId, Lane, Sampling, job_id_for_key, new_job_id, shared_key
 from codeyard.shared.limits.standing import Standing
 from codeyard.shared.record import Event, EventKind, JobStatus
 from codeyard.shared.store.port import CancelVerdict
@@ -55,8 +55,12 @@ class TenantJobs:
         timeout_s: float,
         metadata: Mapping[str, Any],
         traceparent: str | None,
+        share: bool = False,
     ) -> Submitted:
-        """Raises what `Jobs.submit` and `Limits.admit` raise."""
+        """`share`: without a key, equal deterministic jobs are one. Raises what `Jobs.submit` and `Limits.admit`
+        raise."""
+        if share and idempotency_key is None:
+            idempotency_key = shared_key(model, prompt, sampling)
         job_id = job_id_for_key(self._tenant, idempotency_key) if idempotency_key is not None else new_job_id()
         tokens = estimate(prompt, sampling)
         admission = await self._limits.admit(self._tenant, job_id, tokens=tokens, timeout_s=timeout_s)
