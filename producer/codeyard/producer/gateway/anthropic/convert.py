@@ -133,11 +133,11 @@ def _input(arguments: str) -> dict[str, Any]:
 
 
 def sampling_of(read: Any, table: Sequence[Parameter], **more: Any) -> Sampling:
-    """The parameters that the table maps to `sampling`. Raises Refused, naming the parameter."""
+    """The parameters that the table maps to `sampling`; `more` wins. Raises Refused, naming the parameter."""
     names = sampled(table)
     given = {field: value for field, name in names.items() if (value := getattr(read, name)) is not None}
     try:
-        return Sampling(**given, **{field: value for field, value in more.items() if value is not None})
+        return Sampling(**{**given, **{field: value for field, value in more.items() if value is not None}})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = names.get(str(first["loc"][0]), "body")
