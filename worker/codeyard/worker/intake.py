@@ -138,7 +138,7 @@ class Intake:
         if held is None or held.fence != answer.fence:
             self._take(arrival, answer)
         else:
-            held.delivery = arrival.delivery
+            self._settler.adopt(held, arrival.delivery)
 
     def _condemn(self, arrival: _Arrival, answer: Claimed) -> None:
         held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())

@@ -2,7 +2,7 @@
 
 Many endings share a round trip. The order for each, every step confirmed before the next:
 - finished:    (failed: dead-letter ->) commit -> ack
-- retry:       publish a delayed copy -> release, attempt charged -> ack
+- retry:       release, attempt charged -> publish a delayed copy -> ack
 - handed back: release, attempt not charged -> requeue
 - lost:        read -> ack if the job is final or counts on another publication, else requeue
 Dying between any two steps is safe: the delivery comes back and the claim table sorts it out. A broker
@@ -84,10 +84,17 @@ class Settler:
         self._publish_timeout_s = publish_timeout_s
         self._on_settled = on_settled
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
+        self._earlier: dict[HeldJob, list[Delivery]] = {}  # deliveries of jobs in hand, all but the newest
 
     def put(self, ending: Ending) -> None:
         """Never blocks: the queue is bounded by the prefetch, since each held job ends once."""
         self._endings.put_nowait(ending)
+
+    def adopt(self, held: HeldJob, delivery: Delivery) -> None:
+        """A job in hand came once more. Each of its deliveries ends when it does: the earlier one may be of a
+        connection that is gone, or of a publish that the broker took twice and would hold for ever."""
+        self._earlier.setdefault(held, []).append(held.delivery)
+        held.delivery = delivery
 
     async def run(self) -> None:
         """Until cancelled; `drain` waits for what is there."""
@@ -98,8 +105,7 @@ class Settler:
             started_s = time.monotonic()
             await self._settle(_Batch.of(group))
             self._metrics.settle.observe(time.monotonic() - started_s)
-            for ending in group:
-                self._on_settled(ending.held)
+            for _ in group:
                 self._endings.task_done()
 
     async def drain(self) -> None:
@@ -132,7 +138,7 @@ class Settler:
         ]
         self._metrics.commit_group_size.observe(len(commits))
         committed = await persist(lambda: self._store.commit(commits))
-        await self._end([ending.held.delivery for ending in endings], [answer.may_ack for answer in committed])
+        await self._end([ending.held for ending in endings], [answer.may_ack for answer in committed])
         for ending, answer in zip(endings, committed, strict=True):
             self._report(ending, answer)
 
@@ -157,14 +163,14 @@ class Settler:
                 "job_retried",
                 extra={"job": held.id, "attempt": held.attempt, "delay_s": delay_s, "reason": ending.reason},
             )
+        await persist(lambda: self._store.release(releases))  # first: a copy that arrives before it is a duplicate
         await self._publish_all(pairs, lambda rest: self._broker.defer(rest, timeout_s=self._publish_timeout_s))
-        await persist(lambda: self._store.release(releases))
-        await self._end([ending.held.delivery for ending in endings], [True] * len(endings))
+        await self._end([ending.held for ending in endings], [True] * len(endings))
 
     async def _hand_back(self, held: Sequence[HeldJob]) -> None:
         releases = [Release(one.id, one.fence, one.envelope.publication) for one in held]
         await persist(lambda: self._store.release(releases))
-        await self._end([one.delivery for one in held], [False] * len(held))
+        await self._end(held, [False] * len(held))
 
     async def _let_go(self, held: Sequence[HeldJob]) -> None:
         records = await persist(lambda: self._store.read([one.id for one in held]))
@@ -173,7 +179,7 @@ class Settler:
             for one, record in zip(held, records, strict=True)
         ]
         self._metrics.lease_lost.inc(len(held))
-        await self._end([one.delivery for one in held], may_ack)
+        await self._end(held, may_ack)
 
     async def dead_letter(self, messages: Sequence[Message]) -> None:
         """Return when the dead-letter queue has them all. Each carries its reason and history as headers."""
@@ -197,13 +203,22 @@ class Settler:
                 await asyncio.sleep(REPUBLISH_PAUSE_S)
             items = rest
 
-    async def _end(self, deliveries: Sequence[Delivery], may_ack: Sequence[bool]) -> None:
-        done = [one for one, ok in zip(deliveries, may_ack, strict=True) if ok]
-        back = [one for one, ok in zip(deliveries, may_ack, strict=True) if not ok]
-        if done:
-            await persist(lambda: self._consumer.ack(done))
-        if back:
-            await persist(lambda: self._consumer.requeue(back))
+    async def _end(self, held: Sequence[HeldJob], may_ack: Sequence[bool]) -> None:
+        """Every delivery of these, also those adopted while others are being ended; then they are settled."""
+        left, ended = list(zip(held, may_ack, strict=True)), set[Delivery]()
+        while left:
+            deliveries = [(one, ok) for job, ok in left for one in (*self._earlier.pop(job, ()), job.delivery)]
+            done = [one for one, ok in deliveries if ok and one not in ended]
+            back = [one for one, ok in deliveries if not ok and one not in ended]
+            if done:
+                await persist(lambda: self._consumer.ack(done))  # noqa: B023 - awaited here
+            if back:
+                await persist(lambda: self._consumer.requeue(back))  # noqa: B023 - awaited here
+            ended.update(done, back)
+            left = [(job, ok) for job, ok in left if job.delivery not in ended]
+        for job in held:
+            self._earlier.pop(job, None)
+            self._on_settled(job)
 
     def _report(self, ending: Finished, answer: Committed) -> None:
         """One summary line per job, and its metrics."""
