@@ -42,7 +42,7 @@ class Audit:
         self._dropped: set[JobId] = set()
         self._fences: defaultdict[JobId, set[str]] = defaultdict(set)
         self._counters: dict[str, int] = {}  # by incarnation
-        self._accepted: dict[JobId, set[str]] = defaultdict(set)  # incarnations that callers were told of
+        self._accepted: dict[JobId, set[str]] = {}  # incarnations that callers were told of
         self._foreign: set[JobId] = set()
         self._cancels_sent: set[JobId] = set()
         self._cancels_known: dict[str, float] = {}  # by incarnation: when the store knew
@@ -71,7 +71,7 @@ class Audit:
             self.violated(job_id, "accepted with the body of another")
         if not record.state.final and not self._is_in_custody(record):
             self.violated(job_id, "accepted, and no message of it is at the broker")
-        self._accepted[job_id].add(record.incarnation)
+        self._accepted.setdefault(job_id, set()).add(record.incarnation)
         return None
 
     def accepted_from_abroad(self, job_id: JobId) -> None:
@@ -145,9 +145,9 @@ class Audit:
         again = before is None or before.incarnation != after.incarnation
         if before is not None and before.state.final and not (again and _never_published(before)):
             self.violated(after.id, f"{call} changed it after it was {before.state}")
-        if again and before is not None and before.incarnation in self._accepted[after.id]:
+        if again and before is not None and before.incarnation in self._accepted.get(after.id, ()):
             self.violated(after.id, f"{call} began anew a job that was accepted")
-        if _never_published(after) and after.incarnation in self._accepted[after.id]:
+        if _never_published(after) and after.incarnation in self._accepted.get(after.id, ()):
             self.violated(after.id, "accepted, and ended as never published")
         if before is not None and not again:
             self._check_owner(call, before, after, request, step, now)
@@ -265,11 +265,15 @@ class Audit:
             record = self.records.get(job_id)
             if record is None or not record.state.final or {record.incarnation} != incarnations:
                 self.violated(job_id, "accepted, and not ended")
-        for job_id in self._foreign - {one.id for one in self.records.values() if one.state.final}:
-            self.violated(job_id, "published from abroad, and not ended")
+        for job_id in self._foreign:
+            if job_id not in self.records and not self._dead[job_id] and job_id not in self._lost:
+                self.violated(job_id, "published from abroad, and not ended")
         for job_id, record in self.records.items():
+            if not record.state.final:
+                self.violated(job_id, f"it stayed {record.state}")
             seqs = [event.seq for event in self.streams[job_id]]
-            if seqs != list(range(1, record.last_seq + 1)) or self.streams[job_id][-1].kind is not EventKind.END:
+            ends = [event.kind for event in self.streams[job_id][-1:]]
+            if seqs != list(range(1, record.last_seq + 1)) or ends != [EventKind.END]:
                 self.violated(job_id, f"its events are {seqs}")
 
 

@@ -81,6 +81,7 @@ class BrokerServer:
         self.queues: dict[str, _Queue] = {}
         self.seats: list[Seat] = []
         self.shuffles = False  # what comes back does so in any order
+        self.room: dict[str, int] = {}  # messages that a queue takes, where it is less than it was declared with
         self._chance = chance or Random(0)
         self._witness = witness
         self._numbers = 0
@@ -94,7 +95,7 @@ class BrokerServer:
         queue = self.queues.get(message.queue)
         if queue is None:
             return PublishOutcome.UNROUTABLE
-        if len(queue.ready) + queue.deferred >= queue.max_length:
+        if len(queue.ready) + queue.deferred >= min(queue.max_length, self.room.get(message.queue, queue.max_length)):
             return PublishOutcome.FULL
         letter = self._letter(message, published_at)
         if delay_s:
@@ -223,8 +224,8 @@ class MemoryBroker:
 
     async def consume(self, prefetch: Mapping[str, int]) -> Consumer:
         consumer = MemoryConsumer(self._server, self._link, prefetch, acks_answer=self._acks_answer)
+        self._consumers.append(consumer)  # before it is there: the process may end meanwhile
         await consumer.open()
-        self._consumers.append(consumer)
         return consumer
 
     async def depth(self, queues: Sequence[str]) -> list[int]:

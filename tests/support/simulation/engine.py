@@ -47,6 +47,7 @@ def _word(token_id: int) -> str:
 class _Run:
     moves: "asyncio.Future[None]"
     aborted: bool = False
+    hangs: bool = False
 
 
 class TinyEngine:
@@ -79,7 +80,6 @@ class TinyEngine:
                 if run.aborted:
                     yield Delta("", (), "abort", PROMPT_TOKENS)
                     return
-                self._steps += 1
                 yield Delta("".join(map(_word, piece)), piece)
             yield Delta("", (), answer.finish_reason, PROMPT_TOKENS)
         finally:
@@ -92,6 +92,8 @@ class TinyEngine:
             _wake(run.moves)
 
     def load(self) -> Load:
+        if self._runs and not any(run.hangs for run in self._runs.values()):
+            self._steps += 1  # asked about once a second
         return Load(running=len(self._runs), waiting=0, steps=self._steps)
 
     def pids(self) -> tuple[int, ...]:
@@ -127,6 +129,7 @@ class TinyEngine:
             self.die("the prompt says so")
             self._check()
         if kind is Kind.HANGS:
+            run.hangs = True
             while not run.aborted:
                 await self._pause(run, 1e6)
 

@@ -66,7 +66,7 @@ class JobPlan:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A process is killed: at a time, or at its nth callback, which is any of its awaits. Another starts in its stead."""
+    """A process is killed: at a time, or at its nth callback, which is any await. Another starts in its stead."""
 
     process: str
     at_s: float | None = None

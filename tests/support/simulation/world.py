@@ -87,7 +87,6 @@ class World:
         self._tries: Counter[str] = Counter()
         self._letter_faults = letter_faults(plan)
         self._num_letters = 0
-        self._max_length = 1_000_000
         self._skews = {one.process: one.seconds for one in plan.faults if isinstance(one, plans.Skew)}
         self._dooms = {
             one.process: one for one in plan.faults if isinstance(one, plans.Death) and one.at_step is not None
@@ -148,7 +147,7 @@ class World:
     # Processes ---------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self.broker.declare((), self._max_length)
+        self.broker.declare((), 1_000_000)
         for fault in self.plan.faults:
             self._schedule(fault)
         for number in range(self.plan.num_workers):
@@ -218,7 +217,7 @@ class World:
 
     def _broker_of(self, process: Process) -> MemoryBroker:
         wire = Wire(self.weather, process, "broker", BrokerUnavailable)
-        return MemoryBroker(self.broker, wire, max_length=self._max_length, acks_answer=self.plan.acks_answer)
+        return MemoryBroker(self.broker, wire, acks_answer=self.plan.acks_answer)
 
     def _store_of(self, process: Process) -> MemoryStore:
         return MemoryStore(self.store, Wire(self.weather, process, "store", StoreUnavailable))
@@ -248,7 +247,7 @@ class World:
             case plans.HangUp():
                 at(fault.at_s, self._hang_up, fault.process)
             case plans.Full():
-                self._max_length = fault.max_length
+                self.broker.room = dict.fromkeys(QUEUES, fault.max_length)
                 at(fault.until_s, self._widen)
             case plans.Preempt():
                 at(fault.at_s, lambda: self._workers[fault.process].preempt())
@@ -314,7 +313,7 @@ class World:
         self._brokers[name].hang_up()
 
     def _widen(self) -> None:
-        self.broker.declare(QUEUES, 1_000_000)
+        self.broker.room = {}
 
 
 @contextmanager
