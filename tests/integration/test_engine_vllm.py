@@ -285,5 +285,11 @@ async def test_the_names_of_engine_arguments_are_those_of_this_vllm() -> None:
     assert set(engine_args.ELSEWHERE) <= names
 
 
+def test_its_processes_wait_for_each_other_by_the_function_that_is_replaced() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    assert "sched_yield" in SpinCondition.wait.__code__.co_names
+
+
 async def _start() -> VllmEngine:
     return await VllmEngine.start(parse_model("starter"), engines.SETTINGS)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
+from codeyard.worker.engines.vllm_waits import NAP, NAP_S
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ def load(source: ModelSource, settings: EngineSettings, stats: Stats, sockets: s
         reason = f"vLLM has no sleep mode on {current_platform.device_type}: an idle model waits on disk only"
         log.info("engine_cannot_sleep", extra={"model": source.location, "reason": reason})
     # A setting of one model is stronger than the environment of all.
-    with _environment({SOCKETS: sockets, **({CPU_CACHE: None} if settings.kv_cache_memory_bytes else {})}):
+    changes = {SOCKETS: sockets, NAP: NAP_S if current_platform.is_cpu() else None}
+    with _environment(changes | ({CPU_CACHE: None} if settings.kv_cache_memory_bytes else {})):
         arguments = AsyncEngineArgs(**arguments_of(source, settings, cpu=current_platform.is_cpu(), sleeps=sleeps))
         return AsyncLLM.from_engine_args(arguments, stat_loggers=[Logger])
 
