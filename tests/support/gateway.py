@@ -67,6 +67,7 @@ class GatewayUnderTest:
     store: Store
     stop: asyncio.Event
     ended: asyncio.Task[None]
+    grpc: str  # its address; "" where it is off
 
     async def submit(self, key: str | None = None, *, prompt: str = "def f(", **fields: Any) -> httpx.Response:
         headers = {"Idempotency-Key": key} if key else {}
@@ -169,15 +170,16 @@ async def _delete_from_rabbitmq(url: str, topology: Topology, queues: Sequence[s
 async def gateway_running(settings: Settings) -> AsyncIterator[GatewayUnderTest]:
     """The gateway in this process, over real sockets, with a store and a broker of the test's own beside it."""
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    grpc = [""]
     async with declared(settings) as (broker, store):
-        serving = asyncio.create_task(run_gateway(settings, stop, on_ready=ready.set_result))
+        serving = asyncio.create_task(run_gateway(settings, stop, on_ready=ready.set_result, on_grpc=grpc.append))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await asyncio.wait([serving, ready], return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
             async with httpx.AsyncClient(base_url=ready.result(), timeout=PATIENCE_S, trust_env=False) as http:
-                yield GatewayUnderTest(ready.result(), settings, http, broker, store, stop, serving)
+                yield GatewayUnderTest(ready.result(), settings, http, broker, store, stop, serving, grpc[-1])
         finally:
             stop.set()
             async with asyncio.timeout(PATIENCE_S):

@@ -117,7 +117,7 @@ async def _serve(
             on_ready(url)
 
         server = _Server(app, settings, ready)
-        async with _grpc(jobs, kit, access, probes) as address, asyncio.TaskGroup() as tasks:
+        async with _grpc(jobs, kit, access, probes, listener) as address, asyncio.TaskGroup() as tasks:
             if address is not None:
                 on_grpc(address)
             tasks.create_task(
@@ -132,9 +132,10 @@ async def _serve(
 
 
 def _grpc(
-    jobs: Jobs, kit: Kit, access: Access, probes: dict[str, Probe]
+    jobs: Jobs, kit: Kit, access: Access, probes: dict[str, Probe], beside: socket.socket
 ) -> contextlib.AbstractAsyncContextManager[str | None]:
-    """The address of gRPC, None where it is off. Imported here: the gateway does without it."""
+    """The address of gRPC, None where it is off. Imported here: the gateway does without it. It listens where
+    `beside` does: a name may stand for more addresses than the one that was found to be loopback."""
     if (port := kit.settings.grpc_port) is None:
         return contextlib.nullcontext()
     try:
