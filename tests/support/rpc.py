@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
-from support.asgi import MadeUpJobs, limits_over
 
 from codeyard.producer.gateway.auth import Authenticator, Development
 from codeyard.producer.gateway.limits import Limits
@@ -17,6 +16,7 @@ from codeyard.producer.rpc.serving import Probe, serving
 from codeyard.shared.settings import GatewaySettings, LimitSettings
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
+from support.asgi import MadeUpJobs, limits_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +58,12 @@ async def service_over(
     )
     async with started as address, grpc.aio.insecure_channel(address) as channel:
         yield Service(address, FleetStub(channel), channel, kit.metrics, stopping)
+
+
+def status_and_kind(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
+    """What a refused call says to people and to programs."""
+    return error.code(), str(dict(trailing(error)).get("codeyard-kind", ""))
+
+
+def trailing(error: grpc.aio.AioRpcError) -> list[tuple[str, str | bytes]]:
+    return list(error.trailing_metadata() or ())  # type: ignore[arg-type]  # an iterable of pairs
