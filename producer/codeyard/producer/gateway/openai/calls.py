@@ -71,7 +71,7 @@ async def submitted(kit: Kit, request: Request, jobs: TenantJobs, read: Callable
                 lane=asked.lane,
                 idempotency_key=None if key is None else key_of(key, place),
                 sampling=wanted.sampling,
-                stream=asked.stream,
+                stream=asked.stream or asked.background,
                 timeout_s=DEFAULT_TIMEOUT_S,
                 metadata=asked.metadata,
                 traceparent=trace,

@@ -58,6 +58,7 @@ class Asked:
     num_choices: int = 1
     lane: Lane = Lane.STANDARD
     stream: bool = False
+    background: bool = False  # answered at once and perhaps followed later: its text is published as it comes
     include_usage: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

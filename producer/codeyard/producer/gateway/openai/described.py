@@ -51,6 +51,29 @@ CHUNKS = (
     '"delta":{"content":"def add"},"logprobs":null,"finish_reason":null}]}\n\n'
     "data: [DONE]\n\n"
 )
+RESPONSE = {
+    "id": f"resp_{ID}",
+    "object": "response",
+    "created_at": 1795226400,
+    "status": "completed",
+    "background": False,
+    "model": "starter",
+    "output": [
+        {
+            "id": f"msg_{ID}",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": TEXT, "annotations": [], "logprobs": []}],
+        }
+    ],
+    "usage": {"input_tokens": 12, "output_tokens": 14, "total_tokens": 26},
+}
+EVENTS = (
+    "event: response.output_text.delta\n"
+    f'data: {{"type":"response.output_text.delta","sequence_number":4,"item_id":"msg_{ID}","output_index":0,'
+    '"content_index":0,"delta":"def add","logprobs":[]}\n\n'
+)
 MODEL = {"id": "starter", "object": "model", "created": 0, "owned_by": "codeyard", "max_model_len": 2048}
 TURNS = [{"role": "user", "content": "Write add(a, b) in Python."}]
 STRING = {"type": "string"}
@@ -112,6 +135,46 @@ def paths() -> dict[str, Any]:
                 parameters=[path_parameter("model", "Its alias.")],
             )
         },
+        **_responses(),
+    }
+
+
+def _responses() -> dict[str, Any]:
+    by_id = path_parameter("response_id", "`resp_` and the job's id.")
+    whole = {"application/json": RESPONSE}
+    follow = [
+        query("stream", "Follow it as server-sent events.", {"type": "boolean"}),
+        query("starting_after", "Only events with a higher `sequence_number`.", {"type": "integer"}),
+    ]
+    return {
+        "/v1/responses": {
+            "post": _generates(
+                "createResponse",
+                "OpenAI: a response",
+                _body(Api.RESPONSES, ("model", "input"), {"model": "starter", "input": TURNS[0]["content"]}),
+                {**whole, "text/event-stream": EVENTS},
+            )
+        },
+        "/v1/responses/{response_id}": {
+            "get": _operation(
+                "retrieveResponse",
+                "OpenAI: a response as it is, or followed",
+                "read",
+                {**whole, "text/event-stream": EVENTS},
+                (*CALLER, "job-not-found", "invalid-parameter"),
+                parameters=[by_id, *follow],
+            )
+        },
+        "/v1/responses/{response_id}/cancel": {
+            "post": _operation(
+                "cancelResponse",
+                "OpenAI: cancel a response",
+                "cancel",
+                whole,
+                (*CALLER, "job-not-found"),
+                parameters=[by_id],
+            )
+        },
     }
 
 
@@ -120,6 +183,10 @@ def paths() -> dict[str, Any]:
 
 def path_parameter(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": description}
+
+
+def query(name: str, description: str, schema: Mapping[str, str]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": schema, "description": description}
 
 
 def _generates(

@@ -14,7 +14,7 @@ from fastapi import Response
 
 from codeyard.producer.gateway.problems import Refused, kind_of, problem_of
 from codeyard.shared.errors import FleetError, InvalidJob, LimitReached, UnknownModel
-from codeyard.shared.record import JobStatus, State
+from codeyard.shared.record import JobStatus, Result, State
 
 REQUEST, SERVER = "invalid_request_error", "server_error"
 
@@ -92,16 +92,24 @@ def of_error(error: Refused | FleetError) -> ApiError:
 
 def of_job(status: JobStatus) -> ApiError | None:
     """Why a final job has no answer; None if it has one."""
-    if status.state is State.SUCCEEDED:
+    said = job_code(status.state, status.result)
+    if said is None:
         return None
-    failure = status.result.error if status.result is not None else None
-    code = failure.code if failure is not None else f"job_{status.state}"
-    text = failure.message if failure is not None else f"the job ended as {status.state}"
-    if code in CALLERS_FAULT:
-        return ApiError(400, text, REQUEST, CALLERS_FAULT[code], retry=False)
+    code, text = said
+    if code in CALLERS_FAULT.values():
+        return ApiError(400, text, REQUEST, code, retry=False)
     message = f"{text} (job {status.id})"
     if status.state is State.FAILED:
         return ApiError(500, message, SERVER, code)
-    return ApiError(
-        503, message, SERVER, f"job_{status.state}", retry=False if status.state is State.CANCELLED else None
-    )
+    return ApiError(503, message, SERVER, code, retry=False if status.state is State.CANCELLED else None)
+
+
+def job_code(state: State, result: Result | None) -> tuple[str, str] | None:
+    """The code and the words for a final job without an answer; None if it has one."""
+    if state is State.SUCCEEDED:
+        return None
+    failure = result.error if result is not None else None
+    text = failure.message if failure is not None else f"the job ended as {state}"
+    if state is not State.FAILED or failure is None:
+        return f"job_{state}", text
+    return CALLERS_FAULT.get(failure.code, failure.code), text

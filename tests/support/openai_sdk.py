@@ -1,0 +1,75 @@
+"""A fleet of real processes, as OpenAI's own SDK finds it: a gateway on a free port, a worker with the simulated
+engine."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+from support.fleet import fleet_settings
+
+from codeyard.shared.settings import Settings
+
+MODEL = "starter"
+
+
+@dataclass(slots=True)
+class Yard:
+    """`worker` is replaced when it is started again."""
+
+    url: str
+    settings: Settings
+    folder: Path
+    worker: subprocess.Popen[bytes]
+
+    def client(self, **more: object) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
+
+    def async_client(self, **more: object) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
+
+    def kill_worker(self) -> None:
+        self.worker.send_signal(signal.SIGKILL)
+        self.worker.wait()
+
+    def start_worker(self) -> None:
+        self.worker, _ = _started("worker", self.folder)
+
+
+@contextlib.contextmanager
+def yard_running(
+    folder: Path, broker_url: str, store_url: str, namespace: str, **groups: dict[str, object]
+) -> Iterator[Yard]:
+    gateway_group = {"port": 0, **groups.pop("gateway", {})}
+    settings = fleet_settings(folder, broker_url, store_url, namespace, gateway=gateway_group, **groups)
+    (folder / "yard.yaml").write_text(settings.model_dump_json())  # JSON is YAML
+    with contextlib.ExitStack() as stack:
+        worker, _ = _started("worker", folder)
+        yard = Yard("", settings, folder, worker)
+        stack.callback(lambda: _ended(yard.worker))
+        gateway, line = _started("gateway", folder)
+        stack.callback(_ended, gateway)
+        yard.url = line.split()[1]
+        yield yard
+
+
+def _started(what: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+    """And the line that says it is ready."""
+    command = [sys.executable, "-m", "codeyard.cli.main", what, "--config", str(folder / "yard.yaml")]
+    with (folder / f"{what}.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+    assert process.stdout is not None
+    line = process.stdout.readline().decode()
+    assert line.startswith(what), (folder / f"{what}.log").read_text()[-2_000:]
+    return process, line
+
+
+def _ended(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
