@@ -159,6 +159,8 @@ async def test_a_slow_reader_holds_nobody_and_gets_everything(gateway: GatewayUn
         await job.succeeds()
         async with RpcClient(gateway.grpc) as other:
             fast = [event.seq async for event in other.stream(job.job_id)]
+        ended = 'codeyard_grpc_calls_total{route="Stream",status="OK"}'
+        assert await comes_to(lambda: gateway.metric(ended), 1.0) == 1  # the fast one
         assert await gateway.metric("codeyard_streams_open") == 1
         rest = [event.seq async for event in events]
         assert await comes_to(lambda: gateway.metric("codeyard_streams_open"), 0.0) == 0

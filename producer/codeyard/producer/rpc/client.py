@@ -10,7 +10,6 @@ are tried again for `timeout_s`, a submission always under one key; streams go o
 connection, at whatever gateway answers, without gap or repeat. Needs the extra `grpc`. docs/grpc.md is the page.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import grpc
 from codeyard.producer.rpc import asking, wire
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.producer.rpc.client_inference import Inferred, Inferring, Wanted, keyed
-from codeyard.producer.rpc.link import COME_BACK, Link, pauses, translated
+from codeyard.producer.rpc.link import COME_BACK, Link, Patience, translated
 from codeyard.producer.rpc.refusals import GatewayUnavailable
 from codeyard.producer.submission import Submission
 from codeyard.shared.chat import Chat
@@ -140,26 +139,24 @@ class RpcClient:
         """Events after `from_sequence`, the last one you saw, to the END event. It goes on after a lost
         connection; nobody to go on with for `away_s` raises GatewayUnavailable or StoreUnavailable. Raises
         JobNotFound, InvalidJob if there never was such a sequence number."""
-        seen, until_s, wait = from_sequence, time.monotonic() + self._away_s, pauses()
-        while True:
-            call = self._link.stub.Stream(
-                pb.StreamRequest(job_id=job_id, from_sequence=seen), metadata=self._link.metadata
-            )
+        seen, ended, patience = from_sequence, False, Patience(self._away_s)
+        while not ended:
+            request = pb.StreamRequest(job_id=job_id, from_sequence=seen)
+            patience.calling()
+            call = self._link.stub.Stream(request, metadata=self._link.metadata)
             try:
                 with translated():
                     async for message in call:
+                        patience.heard()
                         event = wire.event_of(message)
-                        seen, until_s, wait = event.seq, time.monotonic() + self._away_s, pauses()
+                        seen, ended = event.seq, event.kind is EventKind.END
                         yield event
-                        if event.kind is EventKind.END:
-                            return
-                return  # its end had been seen before
+                return
             except COME_BACK:
-                if time.monotonic() >= until_s:
+                if not ended and not await patience.pause():
                     raise
             finally:
                 call.cancel()
-            await asyncio.sleep(next(wait))
 
     async def infer(self, wanted: AsyncIterable[Wanted] | Iterable[Wanted]) -> AsyncGenerator[Inferred, None]:
         """Submit many and read what they generate, over one connection; requests go out while answers come in.

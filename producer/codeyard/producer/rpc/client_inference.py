@@ -8,7 +8,6 @@ them, which attach to their jobs by their keys. Called by: rpc.client.
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ import grpc
 
 from codeyard.producer.rpc import asking, wire
 from codeyard.producer.rpc import codeyard_pb2 as pb
-from codeyard.producer.rpc.link import COME_BACK, Link, pauses, translated
+from codeyard.producer.rpc.link import COME_BACK, Link, Patience, translated
 from codeyard.producer.rpc.refusals import told_in
 from codeyard.producer.submission import Submission
 from codeyard.shared.chat import TokenLogprob, ToolCallDelta
@@ -61,28 +60,23 @@ class Inferring:
     def __init__(self, link: Link, wanted: AsyncIterable[Wanted] | Iterable[Wanted], *, away_s: float) -> None:
         self._link = link
         self._wanted = wanted
-        self._away_s = away_s
+        self._patience = Patience(away_s)
         self._next: asyncio.Queue[Wanted | None] = asyncio.Queue(maxsize=1)  # None: there are no more
         self._all_taken = False
         self._open: dict[str, pb.InferenceRequest] = {}
-        self._answered_s = 0.0
 
     async def run(self) -> AsyncGenerator[Inferred, None]:
         source = asyncio.create_task(self._take(), name="requests to infer")
-        self._answered_s, wait = time.monotonic(), pauses()
         try:
             while self._open or not self._all_taken:
+                self._patience.calling()
                 try:
-                    before_s = self._answered_s
                     async with contextlib.aclosing(self._one_call(source)) as answers:
                         async for answer in answers:
                             yield answer
                 except COME_BACK:
-                    if time.monotonic() - self._answered_s >= self._away_s:
+                    if not await self._patience.pause():
                         raise
-                if self._open or not self._all_taken:
-                    wait = pauses() if self._answered_s > before_s else wait
-                    await asyncio.sleep(next(wait))
         finally:
             source.cancel()
             await asyncio.gather(source, return_exceptions=True)
@@ -131,7 +125,7 @@ class Inferring:
             raise
 
     def _read(self, message: pb.InferenceResponse) -> Inferred | None:
-        self._answered_s = time.monotonic()
+        self._patience.heard()
         request = self._open.get(message.correlation_id)
         if request is None or message.HasField("accepted"):
             return None

@@ -4,7 +4,9 @@ A target may stand for several gateways, as DNS does or `ipv4:10.0.0.1:9090,10.0
 another one when the one it has goes away. Called by: rpc.client, rpc.client_inference.
 """
 
+import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -29,6 +31,7 @@ KEEPALIVE_MS = 30_000  # of silence while a call is open, then a ping; gateways 
 KEEPALIVE_ANSWER_MS = 10_000
 MAX_MESSAGE_BYTES = 64 * 1_048_576  # of a result with 131,072 tokens and a few likely others for each
 RECONNECT_MS = 200, 5_000  # first and longest pause of the channel before it tries an address again
+STEADY_S = 10.0  # a call that lasted this long had a gateway
 PAUSE_S = 0.1, 2.0  # first and longest pause of a stream before it goes on
 
 
@@ -81,9 +84,31 @@ def translated() -> Iterator[None]:
         raise FleetError(f"the client is not open: {error}") from None
 
 
-def pauses() -> Iterator[float]:
-    """Seconds before each further try, without an end."""
-    longest_s = PAUSE_S[0]
-    while True:
-        yield random.uniform(longest_s / 2, longest_s)
-        longest_s = min(PAUSE_S[1], longest_s * 2)
+class Patience:
+    """Of a stream whose connection is lost: tries again, with growing pauses, until nobody was there for `away_s`."""
+
+    def __init__(self, away_s: float) -> None:
+        self._away_s = away_s
+        self._called_s = 0.0
+        self.heard()
+
+    def calling(self) -> None:
+        self._called_s = time.monotonic()
+
+    def heard(self) -> None:
+        """Somebody is there."""
+        self._until_s: float | None = None
+        self._longest_s = PAUSE_S[0]
+
+    async def pause(self) -> bool:
+        """After a call that ended early. False if it is time to give up."""
+        now_s = time.monotonic()
+        if now_s - self._called_s > STEADY_S:
+            self.heard()  # it stood, though nothing came
+        if self._until_s is None:
+            self._until_s = now_s + self._away_s
+        if now_s >= self._until_s:
+            return False
+        await asyncio.sleep(random.uniform(self._longest_s / 2, self._longest_s))
+        self._longest_s = min(PAUSE_S[1], self._longest_s * 2)
+        return True
