@@ -99,7 +99,7 @@ async def test_a_text_is_one_block_between_start_and_stop() -> None:
         {"type": "content_block_stop", "index": 0},
         {
             "type": "message_delta",
-            "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+            "delta": {"stop_reason": "end_turn", "stop_sequence": None, "stop_details": None},
             "usage": {
                 "input_tokens": 3,
                 "output_tokens": 2,

@@ -101,13 +101,17 @@ def tool_use(call_id: str, name: str) -> dict[str, Any]:
 
 
 def ending_of(asked: Asked, result: Result) -> dict[str, Any]:
-    """`stop_reason` and `stop_sequence`."""
+    """Why it ended: the same in a message and at the end of a stream."""
+    return {"stop_reason": _stop_reason(asked, result), "stop_sequence": None, "stop_details": None}
+
+
+def _stop_reason(asked: Asked, result: Result) -> str:
     if result.tool_calls:
-        return {"stop_reason": "tool_use", "stop_sequence": None}
+        return "tool_use"
     if result.finish_reason == "length":
         whole = result.usage.completion_tokens >= asked.sampling.max_tokens
-        return {"stop_reason": "max_tokens" if whole else "model_context_window_exceeded", "stop_sequence": None}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
+        return "max_tokens" if whole else "model_context_window_exceeded"
+    return "end_turn"
 
 
 def usage_of(usage: Usage, lane: Lane) -> dict[str, Any]:
