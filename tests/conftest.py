@@ -9,6 +9,10 @@ from support import services, watchdog
 from support.servers import RabbitServer, RedisServer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="tests/simulation: run this schedule alone, and say what happened")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_outlives_the_tests() -> Iterator[None]:
     with watchdog.watching():

@@ -252,7 +252,7 @@ class MemoryBroker:
         def apply(items: Sequence[tuple[Message, float]]) -> list[PublishOutcome]:
             return [self._server.take(message, published_at, delay_s) for message, delay_s in items]
 
-        return await self._link.call(name, group, apply, within_s=timeout_s)
+        return await self._link.call(name, group, apply, within_s=timeout_s, unknown=PublishOutcome.UNKNOWN)
 
 
 class MemoryConsumer:

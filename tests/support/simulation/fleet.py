@@ -232,7 +232,7 @@ class Callers:
         while handle is None and num_tries < call.num_tries:
             try:
                 handle = await client.submit(
-                    asked.prompt, model=ALIAS, lane=asked.lane, idempotency_key=asked.key,
+                    prompt_of(job, other=call.how is How.OTHER_BODY), model=ALIAS, lane=asked.lane, idempotency_key=asked.key,
                     sampling=asked.sampling, stream=asked.stream, timeout_s=asked.timeout_s,
                 )  # fmt: skip
             except IdempotencyConflict:

@@ -165,6 +165,7 @@ class Plan:
     slots: int = 3  # of each engine
     acks_answer: bool = False  # as with the embedded file; False: as with AMQP
     latency_s: float = 0.004  # of one way
+    order: int = 0  # another one, another interleaving of the same plan
     starts_s: tuple[float, ...] = field(default=(0.0, 0.0, 0.0))  # of the workers
 
     def without_fault(self, place: int) -> "Plan":
@@ -216,10 +217,11 @@ def draw(seed: int) -> Plan:
     chance = Random(f"plan {seed}")
     jobs = tuple(_job(chance, number) for number in range(NUM_JOBS))
     num_faults = 1 + min(3, int(chance.expovariate(1.0)))
+    faults = [_sure_fault(chance), *(_fault(chance) for _ in range(num_faults))]
     return Plan(
         seed,
         jobs,
-        tuple(_fault(chance) for _ in range(num_faults)),
+        tuple(faults),
         slots=chance.choice((1, 2, 3, 4)),
         acks_answer=chance.random() < 0.5,
         latency_s=chance.choice((0.001, 0.004, 0.02)),
@@ -295,6 +297,19 @@ def _fault(chance: Random) -> Fault:
     if drawn < 0.985:
         return Preempt(worker, at_s)
     return EngineDies(worker, at_s)
+
+
+def _sure_fault(chance: Random) -> Fault:
+    """One that meets its process whatever happens before."""
+    worker, at_s = f"w{chance.randrange(NUM_WORKERS)}", round(chance.uniform(2.1, 4.5), 2)
+    drawn = chance.random()
+    if drawn < 0.35:
+        return HangUp(worker, at_s)
+    if drawn < 0.65:
+        return Pause(worker, at_s, round(chance.uniform(0.1, LONGEST_PAUSE_S), 2), whole=chance.random() < 0.7)
+    if drawn < 0.85:
+        return Death(worker, at_s, back_s=round(chance.uniform(0.2, 4.0), 2))
+    return Away(chance.choice(("store", "broker")), at_s, round(chance.uniform(0.1, 2.0), 2))
 
 
 def _call_fault(chance: Random) -> CallFault:

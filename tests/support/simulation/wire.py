@@ -59,9 +59,16 @@ class CallFault:
 
 class Link(Protocol):
     def call(
-        self, name: str, group: Sequence[R], apply: "Apply[R, T]", *, within_s: float = NEVER_S
+        self,
+        name: str,
+        group: Sequence[R],
+        apply: "Apply[R, T]",
+        *,
+        within_s: float = NEVER_S,
+        unknown: T | None = None,
     ) -> "Awaitable[list[T]]":
-        """Have the server `apply` the group. Raises what the port raises if there was no answer."""
+        """Have the server `apply` the group. Raises what the port raises if there was no answer, or answers
+        `unknown` for each, where the port has such an answer."""
 
     def send(self, name: str, group: Sequence[R], apply: "Apply[R, T]", *, lost: Callable[[], object]) -> None:
         """The same without an answer; `lost` if the connection breaks over it."""
@@ -83,7 +90,15 @@ class Link(Protocol):
 class DirectLink:
     """For the contract suite: real time, no faults."""
 
-    async def call(self, name: str, group: Sequence[R], apply: "Apply[R, T]", *, within_s: float = NEVER_S) -> list[T]:
+    async def call(
+        self,
+        name: str,
+        group: Sequence[R],
+        apply: "Apply[R, T]",
+        *,
+        within_s: float = NEVER_S,
+        unknown: T | None = None,
+    ) -> list[T]:
         await asyncio.sleep(0)
         return apply(group)
 
@@ -116,6 +131,7 @@ class Weather:
         self.away: set[str] = set()  # servers that do not answer
         self.calm = False  # True: no more faults
         self.over = False  # True: the world has ended
+        self.num_faults = 0  # of the plan, that met a call
         self.met: Counter[str] = Counter()  # faults that a call met: "store.commit after"
         self.trace: list[str] | None = None
         self.on_trouble: Callable[[str, float], object] = lambda process, for_s: None  # told of each fault
@@ -128,6 +144,7 @@ class Weather:
         if fault is None or self.calm:
             return None
         self.meet(call, fault.phase)
+        self.num_faults += 1
         return fault
 
     def meet(self, call: str, phase: Phase) -> None:
@@ -156,7 +173,13 @@ class Wire:
         self._outside = Context()  # what the server does belongs to no process
 
     def call(
-        self, name: str, group: Sequence[R], apply: "Apply[R, T]", *, within_s: float = NEVER_S
+        self,
+        name: str,
+        group: Sequence[R],
+        apply: "Apply[R, T]",
+        *,
+        within_s: float = NEVER_S,
+        unknown: T | None = None,
     ) -> "Awaitable[list[T]]":
         weather = self._weather
         answer: asyncio.Future[list[T]] = self._loop.create_future()
@@ -170,7 +193,10 @@ class Wire:
         if fault is None:
             self._after(there_s, self._serve, name, group, apply, answer)
         else:
-            self._spoil(fault, name, group, apply, answer, there_s, within_s)
+            unheard = None
+            if unknown is not None and weather.chance.random() < 0.5:
+                unheard = [unknown] * len(group)
+            self._spoil(fault, name, group, apply, answer, there_s, within_s, unheard)
         return answer
 
     def send(self, name: str, group: Sequence[R], apply: "Apply[R, T]", *, lost: Callable[[], object]) -> None:
@@ -242,10 +268,13 @@ class Wire:
         if not answer.done() and not self._process.dead:
             answer.set_exception(error)
 
-    def _fail(self, answer: "asyncio.Future[Any]", name: str) -> None:
+    def _fail(self, answer: "asyncio.Future[Any]", name: str, unheard: list[Any] | None) -> None:
         if not answer.done() and not self._process.dead:
             self._weather.say(self._process.name, f"{name} has no answer")
-            answer.set_exception(self._error("simulated"))
+            if unheard is None:
+                answer.set_exception(self._error("simulated"))
+            else:
+                answer.set_result(unheard)
 
     def _spoil(
         self,
@@ -256,22 +285,23 @@ class Wire:
         answer: "asyncio.Future[list[T]]",
         there_s: float,
         within_s: float,
+        unheard: list[T] | None,
     ) -> None:
         self._troubled(fault)
         self._weather.say(self._process.name, f"{name} {_brief(group)} !! {fault.phase}")
         told_s = min(fault.told_s, within_s)
         match fault.phase:
             case Phase.BEFORE:
-                self._after(told_s, self._fail, answer, name)
+                self._after(told_s, self._fail, answer, name, unheard)
             case Phase.AFTER:
                 self._after(min(there_s, told_s), self._do, name, group, apply, " (unheard)")
-                self._after(told_s, self._fail, answer, name)
+                self._after(told_s, self._fail, answer, name, unheard)
             case Phase.PART:
                 some = [item for item in group if self._weather.chance.random() < 0.5]
                 self._after(min(there_s, told_s), self._do, name, some, apply, " (in part, unheard)")
-                self._after(told_s, self._fail, answer, name)
+                self._after(told_s, self._fail, answer, name, unheard)
             case Phase.LATE:
-                self._after(told_s, self._fail, answer, name)
+                self._after(told_s, self._fail, answer, name, unheard)
                 self._after(told_s + fault.late_s, self._do, name, group, apply, " (late)")
             case Phase.DIES_BEFORE:
                 self._after(there_s, self._process.die)

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -44,12 +45,13 @@ class Verdict:
     met: Counter[str]  # faults by call and side
     ended_s: float
     num_callbacks: int
+    num_faults: int  # that met something
     trace: list[str] = field(default_factory=list)
 
 
 def run(plan: Plan, *, trace: bool = False) -> Verdict:
     """Run one schedule. Raises nothing: what goes wrong is a violation."""
-    loop = SimulationLoop(f"loop {plan.seed}")
+    loop = SimulationLoop(f"loop {plan.seed} {plan.order}")
     with virtual_clocks(loop, f"chance {plan.seed}"), _quiet() as errors:
         world = World(loop, plan, trace=trace)
         asyncio.set_event_loop(loop)
@@ -87,6 +89,7 @@ class World:
         self._tries: Counter[str] = Counter()
         self._letter_faults = letter_faults(plan)
         self._num_letters = 0
+        self._num_faults = 0
         self._skews = {one.process: one.seconds for one in plan.faults if isinstance(one, plans.Skew)}
         self._dooms = {
             one.process: one for one in plan.faults if isinstance(one, plans.Death) and one.at_step is not None
@@ -107,6 +110,7 @@ class World:
             self.weather.met,
             self.loop.now_s,
             self.loop.num_callbacks,
+            self._num_faults + self.weather.num_faults,
             self.weather.trace or [],
         )
 
@@ -133,6 +137,7 @@ class World:
         fault = self._letter_faults.get(self._num_letters)
         if fault is None or self.weather.calm:
             return
+        self._num_faults += 1
         self.weather.say("broker", f"message {letter.number} of {letter.message_id[:8]} is {fault.what}")
         if fault.what == "copied":
             self.loop.call_later(fault.after_s, self.broker.copy, letter)
@@ -260,12 +265,11 @@ class World:
     def _if_there(self, callback: Callable[..., object], *args: Any) -> None:
         try:
             callback(*args)
+            self._num_faults += 1
         except KeyError:
             self.weather.say("world", "a fault meets nobody")
 
     def _outside(self, delay_s: float, callback: Callable[..., object], *args: Any) -> None:
-        from contextvars import Context
-
         self.loop.call_later(delay_s, callback, *args, context=Context())
 
     def _trouble(self, process: str, for_s: float) -> None:

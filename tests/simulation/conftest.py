@@ -1,0 +1,36 @@
+"""The schedules that CI runs, once for all tests that look at them; what they covered is printed at the end."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+from support.simulation.many import Report, run_many
+
+CI_SCHEDULES = 2_000
+PROCESSES = min(2, os.cpu_count() or 1)
+
+_reports = pytest.StashKey[list[Report]]()
+
+
+@pytest.fixture(scope="session")
+def run_schedules(request: pytest.FixtureRequest) -> Callable[[range], Report]:
+    """Runs these seeds in some processes, and has the coverage printed."""
+
+    def run(seeds: range) -> Report:
+        report = run_many(seeds, processes=PROCESSES)
+        request.config.stash.setdefault(_reports, []).append(report)
+        return report
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def schedules(run_schedules: Callable[[range], Report]) -> Report:
+    """Of the CI seeds."""
+    return run_schedules(range(CI_SCHEDULES))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for report in config.stash.get(_reports, []):
+        terminalreporter.section("simulated schedules")
+        terminalreporter.write("\n".join([*report.lines(), ""]))
