@@ -6,6 +6,7 @@ Adapter libraries are imported only when their URL is used.
 from codeyard.shared.access.port import KeyStore
 from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker
+from codeyard.shared.documents.port import DocumentStore
 from codeyard.shared.limits.port import LimitStore
 from codeyard.shared.settings import BrokerSettings, StoreSettings
 from codeyard.shared.store.port import Store
@@ -67,3 +68,14 @@ async def open_blobs(settings: StoreSettings, topology: Topology) -> BlobStore:
     from codeyard.shared.blobs.redis import RedisBlobStore
 
     return await RedisBlobStore.open(settings, topology)
+
+
+async def open_documents(settings: StoreSettings, topology: Topology) -> DocumentStore:
+    """What gateways keep of files and batches, where the store is. Raises as open_store."""
+    if settings.url.startswith("sqlite:"):
+        from codeyard.shared.documents.sqlite import SqliteDocumentStore
+
+        return await SqliteDocumentStore.open(settings, topology)
+    from codeyard.shared.documents.redis import RedisDocumentStore
+
+    return await RedisDocumentStore.open(settings, topology)

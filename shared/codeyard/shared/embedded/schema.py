@@ -69,8 +69,8 @@ CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
 END;
 CREATE TABLE documents (
     number INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, kind TEXT NOT NULL, tenant TEXT NOT NULL,
-    id TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL, lease_until REAL,
-    until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
+    id TEXT NOT NULL, first TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL,
+    lease_until REAL, until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
 CREATE INDEX documents_open ON documents (namespace, kind, lease_until) WHERE lease_until IS NOT NULL;
 CREATE INDEX documents_end ON documents (until);
 
@@ -135,8 +135,8 @@ CREATE TRIGGER chunk_gone AFTER DELETE ON chunks BEGIN
 END;
 CREATE TABLE documents (
     number INTEGER PRIMARY KEY AUTOINCREMENT, namespace TEXT NOT NULL, kind TEXT NOT NULL, tenant TEXT NOT NULL,
-    id TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL, lease_until REAL,
-    until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
+    id TEXT NOT NULL, first TEXT NOT NULL, body TEXT NOT NULL, wish TEXT NOT NULL, owner TEXT NOT NULL,
+    lease_until REAL, until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
 CREATE INDEX documents_open ON documents (namespace, kind, lease_until) WHERE lease_until IS NOT NULL;
 CREATE INDEX documents_end ON documents (until);
 """,
