@@ -107,9 +107,13 @@ class WorkerProcess:
             line = await self.process.stdout.readline()
         assert line.startswith(b"worker "), "the worker ended at start"
 
-    def signal(self, number: signal.Signals) -> None:
+    @property
+    def pid(self) -> int:
         assert self.process is not None
-        os.kill(self.process.pid, number)
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     async def ended(self) -> int:
         """Its exit status."""
