@@ -2,17 +2,18 @@
 engine."""
 
 import contextlib
-import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
-from support.fleet import fleet_settings
+import pytest
 
 from codeyard.shared.settings import Settings
+from support.fleet import fleet_settings
 
 MODEL = "starter"
 
@@ -33,8 +34,7 @@ class Yard:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
 
     def kill_worker(self) -> None:
-        self.worker.send_signal(signal.SIGKILL)
-        self.worker.wait()
+        _ended(self.worker)
 
     def start_worker(self) -> None:
         self.worker, _ = _started("worker", self.folder)
@@ -73,3 +73,20 @@ def _ended(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     assert process.stdout is not None
     process.stdout.close()
+
+
+@contextlib.contextmanager
+def yards(
+    request: pytest.FixtureRequest, factory: pytest.TempPathFactory, **groups: dict[str, object]
+) -> Iterator[Yard]:
+    """On the back end that the fixture's parameter names: one SQLite file, or RabbitMQ and Redis."""
+    folder = factory.mktemp("yard")
+    name = f"t{uuid.uuid4().hex[:12]}"
+    if request.param == "embedded":
+        url = f"sqlite:///{folder / 'yard.db'}"
+        with yard_running(folder, url, url, name, **groups) as running:
+            yield running
+    else:
+        broker_url, store_url = request.getfixturevalue("rabbitmq_url"), request.getfixturevalue("redis_url")
+        with yard_running(folder, broker_url, store_url, name, **groups) as running:
+            yield running
