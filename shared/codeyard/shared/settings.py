@@ -119,6 +119,10 @@ class GatewaySettings(_Group):
     grpc_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # on the same host; None: no gRPC
     max_body_bytes: PositiveInt = 17_825_792  # the longest prompt, and a MiB for what is around it
     max_wait_s: PositiveFloat = 60.0  # of `Prefer: wait=N`
+    max_file_bytes: PositiveInt = 209_715_200  # of an uploaded file, and of a batch sent in one body; OpenAI's 200 MB
+    file_ttl_s: PositiveFloat = 2_592_000.0  # of uploaded files, where their caller does not say; OpenAI's 30 days
+    max_batch_items: PositiveInt = 50_000  # OpenAI's
+    batch_in_flight: PositiveInt = 4_096  # items of one batch that are at the broker or running; keeps a fleet full
     answer_wait_s: PositiveFloat = 600.0  # for a whole answer over OpenAI's API; as long as its SDKs wait
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
     fallbacks: dict[str, str] = Field(default_factory=dict)  # alias -> the one that stands in while its workers fail

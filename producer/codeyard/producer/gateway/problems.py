@@ -59,6 +59,7 @@ KINDS = {
     "forbidden": Kind(403, "Forbidden", "Use credentials with the scope that `detail` names."),
     "not-found": Kind(404, "No such route", "See /docs for the routes there are."),
     "job-not-found": Kind(404, "No such job", "It was never accepted here, or its record has expired."),
+    "no-such-document": Kind(404, "No such file or batch", "It was never made here, or it has ended."),
     "unknown-model": Kind(404, "Unknown model", "Check the name, or start a worker that serves it."),
     "method-not-allowed": Kind(405, "Method not allowed", "`Allow` names the methods of this route."),
     "body-timeout": Kind(408, "Body too slow", "Send the whole body in one go."),

@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from codeyard.producer.gateway.problems import Refused
+from codeyard.producer.gateway.shelves import Shelves
 from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.waiting import hung_up, unless
@@ -53,6 +54,7 @@ class Kit:
     stopping: asyncio.Event
     store: Store
     heartbeat_s: float = HEARTBEAT_S
+    shelves: Shelves | None = None  # None: no files and no batches
 
     async def final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:
         """The status once the job is final; None if it goes on, or the gateway stops.

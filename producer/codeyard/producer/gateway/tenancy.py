@@ -40,6 +40,10 @@ class TenantJobs:
         self._own: set[JobId] = set()  # a job never changes its tenant
         self.stood_in: str | None = None  # the model that took a job submitted here in place of the one asked for
 
+    @property
+    def tenant(self) -> str:
+        return self._tenant
+
     def body_bytes(self, most: int) -> int:
         return self._limits.body_bytes(self._tenant, most)
 

@@ -1,0 +1,1 @@
+"""Files that tenants upload, in OpenAI's API: input of batches, and what comes out of them."""
