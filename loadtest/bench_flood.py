@@ -124,7 +124,7 @@ def main(
     try:
         with (
             tempfile.TemporaryDirectory(prefix="codeyard-flood-", dir=data) as folder,
-            _servers(Path(folder), broker_url, store_url) as urls,
+            servers(Path(folder), broker_url, store_url) as urls,
         ):
             runs = asyncio.run(_run_all(options, trace, urls, Path(folder), console))
     except FleetError as error:
@@ -182,7 +182,7 @@ async def _run_all(
 
 
 @contextlib.contextmanager
-def _servers(folder: Path, broker_url: str | None, store_url: str | None) -> Iterator[tuple[str, str]]:
+def servers(folder: Path, broker_url: str | None, store_url: str | None) -> Iterator[tuple[str, str]]:
     """URLs of broker and store; those not given are started on free ports and end with the context."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))  # the tests' servers: free ports, own folders, no process left behind
