@@ -223,19 +223,26 @@ async def test_the_engine_core_dies_with_a_worker_killed_by_kill_9(tmp_path: obj
 
 
 def names_of(function: object) -> set[str]:
-    return set(inspect.signature(function).parameters)  # type: ignore[arg-type]  # any callable of vLLM
+    return set(names_of_in_order(function))
+
+
+def names_of_in_order(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]  # any callable of vLLM
 
 
 async def test_what_is_called_of_vllm_is_there() -> None:
     """A new version that renames something must fail here, with its name, and not at three in the morning."""
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.envs import environment_variables
     from vllm.exceptions import VLLMClientError
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.model_loader import LoadFormats
+    from vllm.outputs import CompletionOutput
     from vllm.platforms import current_platform
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+    from vllm.tool_parsers import ToolParser, ToolParserManager
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import BackgroundResources
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -266,8 +273,21 @@ async def test_what_is_called_of_vllm_is_there() -> None:
     assert set(ours) <= names_of(AsyncEngineArgs)
     assert {
         *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-        *("seed", "max_tokens", "detokenize", "output_kind"),
+        *("seed", "max_tokens", "detokenize", "output_kind", "logprobs", "structured_outputs"),
     } <= names_of(SamplingParams)
+    assert {"json", "json_object", "regex", "choice"} <= names_of(StructuredOutputsParams)
+    assert {"token_ids", "logprobs", "finish_reason"} <= names_of(CompletionOutput)
+    assert {"name"} <= names_of(ToolParserManager.get_tool_parser)
+    assert {"hermes", "llama3_json", "mistral"} <= set(ToolParserManager.list_registered())
+    assert {"tokenizer", "tools"} <= names_of(ToolParser)
+    assert {"model_output", "request"} <= names_of(ToolParser.extract_tool_calls)
+    assert names_of_in_order(ToolParser.extract_tool_calls_streaming) == [
+        *("self", "previous_text", "current_text", "delta_text"),
+        *("previous_token_ids", "current_token_ids", "delta_token_ids", "request"),
+    ]
+    assert callable(ToolParser.adjust_request)
+    assert callable(ToolParser.get_remaining_unstreamed_args)
+    assert {"messages", "tools", "tool_choice", "skip_special_tokens"} <= set(ChatCompletionRequest.model_fields)
     assert RequestOutputKind.DELTA != RequestOutputKind.FINAL_ONLY
     assert {"scheduler_stats", "iteration_stats"} <= names_of(StatLoggerBase.record)
     assert {"num_waiting_reqs", "kv_cache_usage"} <= names_of(SchedulerStats)

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from codeyard.shared.chat import Chat, Message, NamedTool, Tool, ToolCall
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected, SettingsError
-from codeyard.shared.job import Lane, Sampling
+from codeyard.shared.job import Lane, OutputFormat, Prompt, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Adapter, Delta, EngineJob, Memory
 from codeyard.worker.engines.simulated import EXIT_STATUS, Fault, SimulatedEngine, simulated_completion
+from codeyard.worker.engines.tool_calls import call_id
+from codeyard.worker.held import TokenLog
 from codeyard.worker.simulation.latency import load_table
 
 SOURCE = ModelSource("any", "nowhere", "any-1")
@@ -31,7 +34,7 @@ def engine(*, time_scale: float = FAST, max_running: int = 8, **changes: Any) ->
     return SimulatedEngine(SOURCE, settings, fault=fault)
 
 
-def job(name: str, prompt: str = "def f", *, stream: bool = False, **changes: Any) -> EngineJob:
+def job(name: str, prompt: Prompt = "def f", *, stream: bool = False, **changes: Any) -> EngineJob:
     prefix, lane = changes.pop("prefix", ()), changes.pop("lane", Lane.STANDARD)
     adapter = changes.pop("adapter", None)
     return EngineJob(name, prompt, Sampling(**{"max_tokens": 300, **changes}), lane, stream, prefix, adapter)
@@ -189,6 +192,65 @@ async def test_a_prompt_is_counted_without_generating() -> None:
     await one.close()
 
 
+LOOK, WAIT = Tool(name="look"), Tool(name="wait")
+USER = Message(role="user", content="what is there?")
+ANSWERED = (
+    USER,
+    Message(role="assistant", tool_calls=(ToolCall(id="c", name="look"),)),
+    Message(role="tool", tool_call_id="c", content="a file"),
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "chat,name",
+    [
+        (Chat(messages=(USER,), tools=(LOOK, WAIT)), "look"),
+        (Chat(messages=ANSWERED, tools=(LOOK, WAIT)), None),
+        (Chat(messages=ANSWERED, tools=(WAIT, LOOK), tool_choice="required"), "wait"),
+        (Chat(messages=(USER,), tools=(LOOK, WAIT), tool_choice=NamedTool(name="wait")), "wait"),
+        (Chat(messages=(USER,), tools=(LOOK, WAIT), tool_choice="none"), None),
+        (Chat(messages=(USER,)), None),
+    ],
+    ids=["auto", "answered", "required", "named", "none", "no tools"],
+)
+async def test_tools_are_called_as_a_client_needs_it_for_its_tests(chat: Chat, name: str | None, stream: bool) -> None:
+    """Once, then it goes on with text: a loop of calls and answers ends, without a model."""
+    one, log = engine(), TokenLog(last_seq=0)
+    deltas = await run(one, job("chat", chat, stream=stream))
+    for delta in deltas:
+        log.add(delta)
+    await one.close()
+
+    assert [(call.id, call.name, call.arguments) for call in log.said.tool_calls] == (
+        [(call_id("chat", 0), name, "{}")] if name else []
+    )
+    assert answer(deltas) == simulated_completion(chat, 300)
+    assert deltas[-1].finish_reason == ("tool_calls" if name else "stop")
+    assert log.said.content == ("" if name else log.text if chat.offers_tools else None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_token_is_certain(stream: bool) -> None:
+    """Log probabilities of an engine that has none: there is nothing it could have said instead."""
+    one = engine()
+    deltas = await run(one, job("odds", stream=stream, logprobs=5))
+    await one.close()
+    odds = [each for delta in deltas for each in delta.logprobs]
+    assert tuple(each.token_id for each in odds) == answer(deltas)[1]
+    assert "".join(each.text for each in odds) == answer(deltas)[0]
+    assert {(each.logprob, each.top) for each in odds} == {(0.0, ())}
+
+
+async def test_a_format_is_refused() -> None:
+    """Its answers are fixed."""
+    one = engine()
+    with pytest.raises(JobRejected, match="simulated engine has no structured outputs") as caught:
+        await run(one, job("format", output_format=OutputFormat(type="choice", choice=("a",))))
+    await one.close()
+    assert caught.value.code == "unsupported"
+
+
 def table_with(faults: dict[str, str], directory: Path) -> Path:
     shipped = Path(sys.modules["codeyard.worker.simulation.latency"].__file__ or "").parents[1] / "data"
     table = json.loads((shipped / "vllm-h200-qwen2.5-7b.json").read_text())
@@ -218,7 +280,7 @@ def test_a_poison_job_ends_the_process(tmp_path: Path) -> None:
     program = f"""
 import asyncio
 from pathlib import Path
-from codeyard.shared.job import Lane, Sampling
+from codeyard.shared.job import Lane, OutputFormat, Prompt, Sampling
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import EngineJob

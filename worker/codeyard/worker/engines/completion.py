@@ -5,7 +5,8 @@ whatever pieces they came. So a stream is its result cut in pieces, and a job ta
 worker goes on at the very character where the first one was lost.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
 
 from codeyard.shared.chat import TokenLogprob
 from codeyard.shared.errors import JobRejected
@@ -13,6 +14,7 @@ from codeyard.worker.engines.port import Delta, EngineJob
 
 INCOMPLETE = "\ufffd"  # what a tokenizer shows for bytes that are no whole character yet
 CONTEXT_IDS = 6  # tokens before the first new one that may change its text (leading blanks, split characters)
+LEAST_LOGPROB = -9999.0  # of a token that cannot come; JSON has no infinity
 WINDOW_IDS = 24  # decoded again with each new token, at most
 
 Decode = Callable[[list[int]], str]
@@ -27,6 +29,32 @@ def check_prompt(prompt_ids: Sequence[int], *, vocabulary: int, context_tokens: 
     if len(prompt_ids) >= context_tokens and not only_count:
         text = f"the prompt has {len(prompt_ids)} tokens; with its answer the model takes {context_tokens}"
         raise JobRejected("prompt_too_long", text)
+
+
+def refuse_formats(job: EngineJob, engine: str) -> None:
+    """Of an engine without structured outputs. Raises JobRejected for a job that asks for any."""
+    if job.sampling.output_format is not None:
+        raise JobRejected("unsupported", f"the {engine} engine has no structured outputs; the vllm engine has them")
+
+
+def decoder(tokenizer: Any, ends: Collection[int], *, special: bool = False) -> Decode:
+    """Ids to text; with `special` tokens in it, but for those that end it."""
+
+    def decode(ids: list[int]) -> str:
+        shown = [token for token in ids if token not in ends] if special else ids
+        return tokenizer.decode(shown, skip_special_tokens=not special)  # type: ignore[no-any-return]  # untyped
+
+    return decode
+
+
+def token_logprob(decode: Decode, token: int, logprob: float, top: Iterable[tuple[int, float]] = ()) -> TokenLogprob:
+    """A token's, with (token, log probability) of the likeliest in its place, in any order."""
+
+    def one(of: int, odds: float, others: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        return TokenLogprob(token_id=of, text=decode([of]), logprob=max(odds, LEAST_LOGPROB), top=others)
+
+    best = sorted(top, key=lambda pair: -pair[1])
+    return one(token, logprob, tuple(one(*pair) for pair in best))
 
 
 class Completion:
@@ -103,7 +131,7 @@ class Completion:
             self._ready += text[:cut]
             self.finish_reason = "stop"
             return
-        given = len(text) - _may_begin(text, self._stop)
+        given = len(text) - may_begin(text, self._stop)
         self._ready, self._unstopped = self._ready + text[:given], text[given:]
         if taken and taken[-1] in self._ends:
             self._finish("stop")
@@ -156,7 +184,7 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
     return min(found)[1] if found else None
 
 
-def _may_begin(text: str, stops: Sequence[str]) -> int:
+def may_begin(text: str, stops: Sequence[str]) -> int:
     """How many of the last characters could be the beginning of a stop string."""
     longest = min(len(text), max((len(stop) - 1 for stop in stops), default=0))
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

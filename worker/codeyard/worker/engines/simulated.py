@@ -2,7 +2,8 @@
 
 For load tests, drills and capacity planning. It says what it is in its name and in every result, and is
 never chosen by itself. The answer is a function of the prompt and the adapter (`simulated_completion`), so a
-drill can tell a wrong result from a right one, and one that another adapter made.
+drill can tell a wrong result from a right one, and one that another adapter made. A conversation that offers
+tools and ends with the user is answered with a call of the first one, or of the one that is demanded.
 
 A latency table may name faults, by prompt prefix, so that a drill reaches them in a real worker process:
 `"faults": {"!hang": "hang", "!die": "die", "!fail": "fail", "!exit": "exit"}`.
@@ -18,13 +19,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from codeyard.shared.chat import Chat
+from codeyard.shared.chat import Chat, NamedTool
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, SettingsError
-from codeyard.shared.job import JobId, Lane, Sampling, estimate_tokens
+from codeyard.shared.job import JobId, Lane, Prompt, Sampling, estimate_tokens
 from codeyard.shared.settings import EngineSettings
-from codeyard.worker.engines.completion import Completion, check_prompt
+from codeyard.worker.engines.completion import Completion, Decode, check_prompt, refuse_formats, token_logprob
+from codeyard.worker.engines.hermes import CLOSE, OPEN, HermesReader
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
+from codeyard.worker.engines.tool_calls import Calls
 from codeyard.worker.simulation.latency import load_table
 
 Fault = Literal["hang", "die", "fail", "exit"]
@@ -48,14 +51,15 @@ WORDS = (
 
 
 def simulated_completion(
-    prompt: str | tuple[int, ...] | Chat, max_tokens: int, *, stop: tuple[str, ...] = (), adapter: str | None = None
+    prompt: Prompt, max_tokens: int, *, stop: tuple[str, ...] = (), adapter: str | None = None
 ) -> tuple[str, tuple[int, ...], str]:
     """(text, token ids, finish reason) that the simulated engine gives for a prompt: always the same."""
     job = EngineJob("", prompt, Sampling(max_tokens=max_tokens, stop=stop), Lane.STANDARD, stream=False)
-    completion = _completion(job)
+    completion, calls = _completion(job), _calls(job)
     completion.push(_answer(prompt, adapter))
     delta = completion.delta()
     assert delta is not None
+    delta = delta if calls is None else calls.of(delta)
     assert delta.finish_reason is not None
     return delta.text, delta.token_ids, delta.finish_reason
 
@@ -68,6 +72,7 @@ class _Run:
     completion: Completion
     answer: tuple[int, ...]  # what is left of it
     num_prompt: int  # tokens to prefill
+    calls: Calls | None  # where it offers tools
     hangs: bool  # holds its slot and never moves
     joined_at: int | None = None  # step; None: waits for a slot
     news: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
@@ -76,11 +81,14 @@ class _Run:
         """Take the tokens of the steps made since it joined; hand over what is new."""
         if self.joined_at is not None and not self.hangs:
             have = len(self.completion.token_ids) - len(self.job.prefix_token_ids)
-            self.completion.push(self.answer[have : step - self.joined_at])
+            new = self.answer[have : step - self.joined_at]
+            asked = self.job.sampling.logprobs is not None
+            decode = _decoder(self.job.prompt) if asked else None
+            self.completion.push(new, [token_logprob(decode, token, 0.0) for token in new] if decode else ())
 
     def tell(self) -> None:
         if (delta := self.completion.delta()) is not None:
-            self.news.put_nowait(delta)
+            self.news.put_nowait(delta if self.calls is None else self.calls.of(delta))
 
 
 class SimulatedEngine:
@@ -133,6 +141,7 @@ class SimulatedEngine:
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_awake()
+        refuse_formats(job, "simulated")
         completion = _completion(job, self.info.context_tokens)
         if (delta := completion.delta()) is not None:
             yield delta  # complete with what an earlier run had generated, or only counted
@@ -145,7 +154,8 @@ class SimulatedEngine:
         if fault == "fail":
             raise JobFailed("a simulated fault: fail")
         self._check_awake()
-        order, run = next(self._orders), _Run(job, completion, *_rest_of(job, completion.limit), hangs=fault == "hang")
+        answer, num_prompt = _rest_of(job, completion.limit)
+        order, run = next(self._orders), _Run(job, completion, answer, num_prompt, _calls(job), fault == "hang")
         self._enter(order, run)
         try:
             while True:
@@ -279,7 +289,9 @@ class SimulatedEngine:
             self._leave(order)
 
 
-def _answer(prompt: str | tuple[int, ...] | Chat, adapter: str | None) -> tuple[int, ...]:
+def _answer(prompt: Prompt, adapter: str | None) -> tuple[int, ...]:
+    if call := _call_words(prompt):
+        return (*range(len(WORDS), len(WORDS) + len(call)), END)
     said = prompt.model_dump_json(exclude_defaults=True) if isinstance(prompt, Chat) else prompt
     asked = said if adapter is None else [said, adapter]
     seed = hashlib.sha256(json.dumps(asked).encode()).digest()
@@ -300,11 +312,30 @@ def _completion(job: EngineJob, context_tokens: int = CONTEXT_TOKENS + MAX_COMPL
     stand_in = [END] * estimate_tokens(job.prompt)
     only_count = job.sampling.max_tokens == 0
     check_prompt(stand_in, vocabulary=len(WORDS), context_tokens=context_tokens, only_count=only_count)
-    return Completion(job, stand_in, _decode, ends=(END,), context_tokens=context_tokens)
+    return Completion(job, stand_in, _decoder(job.prompt), ends=(END,), context_tokens=context_tokens)
 
 
-def _decode(token_ids: list[int]) -> str:
-    return "".join(WORDS[token] for token in token_ids)
+def _decoder(prompt: Prompt) -> Decode:
+    words = (*WORDS, *_call_words(prompt))
+    return lambda token_ids: "".join(words[token] for token in token_ids)
+
+
+def _call_words(prompt: Prompt) -> tuple[str, ...]:
+    """The call that a conversation is answered with, a word a token; none where it is not."""
+    if not isinstance(prompt, Chat) or not prompt.offers_tools:
+        return ()
+    choice = prompt.tool_choice
+    if choice == "auto" and prompt.messages[-1].role != "user":
+        return ()
+    name = choice.name if isinstance(choice, NamedTool) else prompt.tools[0].name
+    return (OPEN, '\n{"name": "', name, '", "arguments": ', "{}", "}\n", CLOSE)
+
+
+def _calls(job: EngineJob) -> Calls | None:
+    chat = job.prompt
+    if not isinstance(chat, Chat) or not chat.offers_tools:
+        return None
+    return Calls(job.id, HermesReader(), parallel=chat.parallel_tool_calls)
 
 
 def _table_faults(settings: EngineSettings) -> Callable[[EngineJob], Fault | None]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from codeyard.shared.chat import Chat, TokenLogprob
 from codeyard.worker.engines.chat import prompt_ids
-from codeyard.worker.engines.completion import Completion, check_prompt
+from codeyard.worker.engines.completion import Completion, check_prompt, decoder, token_logprob
+from codeyard.worker.engines.hermes import hides_calls
 from codeyard.worker.engines.port import EngineJob
 from codeyard.worker.engines.sampling import RowSampling, choose
 from codeyard.worker.engines.torch_load import load_model
@@ -59,6 +61,7 @@ class TorchModel:
         self._model = model
         self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self._template = chat_template
+        self._hides_calls = hides_calls(self._tokenizer)
         config = self._model.config.get_text_config()
         longest = config.max_position_embeddings
         self.context_tokens: int = min(max_model_len or longest, longest)
@@ -75,7 +78,9 @@ class TorchModel:
         ids = prompt_ids(self._tokenizer, job.prompt, template=self._template)
         only_count = job.sampling.max_tokens == 0
         check_prompt(ids, vocabulary=self._vocabulary, context_tokens=self.context_tokens, only_count=only_count)
-        completion = Completion(job, ids, self._decode, ends=self._ends, context_tokens=self.context_tokens)
+        reads_calls = isinstance(job.prompt, Chat) and job.prompt.offers_tools
+        decode = decoder(self._tokenizer, self._ends, special=reads_calls and self._hides_calls)
+        completion = Completion(job, ids, decode, ends=self._ends, context_tokens=self.context_tokens)
         return Row(serial, ids, completion, RowSampling(job.sampling, self.device))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is untyped here
@@ -93,8 +98,9 @@ class TorchModel:
                 [row.prompt_ids for row in active],
                 [row.completion.token_ids for row in active],
             )
-            for row, token in zip(active, tokens, strict=True):
-                row.completion.push((token,))
+            odds = self._logprobs(logits, tokens, active)
+            for row, token, logprobs in zip(active, tokens, odds, strict=True):
+                row.completion.push((token,), logprobs)
             on_step(active)
             kept = [n for n, row in enumerate(active) if row.completion.finish_reason is None]
             if not kept:
@@ -115,6 +121,19 @@ class TorchModel:
             return bool(torch.ones(1, device=self.device).item() == 1.0)
         except RuntimeError:
             return False
+
+    def _logprobs(self, logits: Any, tokens: Sequence[int], rows: Sequence[Row]) -> list[list[TokenLogprob]]:
+        """Of each row's new token, where it asks; as the model has them, before any sampling setting."""
+        found: list[list[TokenLogprob]] = []
+        for row_logits, token, row in zip(logits, tokens, rows, strict=True):
+            if (num_top := row.sampling.sampling.logprobs) is None:
+                found.append([])
+                continue
+            odds = row_logits.float().log_softmax(-1)
+            best = odds.topk(num_top)
+            top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found.append([token_logprob(self._tokenizer.decode, token, float(odds[token]), top)])
+        return found
 
     def _prefill(self, rows: Sequence[Row], on_step: Callable[[Sequence[Row]], None]) -> tuple[Any, Any, Any, Any]:
         """(cache, mask, last positions, logits of the next token), all with one row per job."""
@@ -142,9 +161,6 @@ class TorchModel:
             use_cache=True,
             logits_to_keep=1,  # of a long prompt all of them would fill the memory
         )
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]  # untyped here
 
 
 def _best_device() -> str:

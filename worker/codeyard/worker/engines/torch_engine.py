@@ -13,12 +13,14 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from codeyard.shared.chat import Chat
+from codeyard.shared.chat import Chat, TokenLogprob
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
 from codeyard.shared.job import JobId
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.chat import template_text
 from codeyard.worker.engines.children import descendants
+from codeyard.worker.engines.completion import refuse_formats
+from codeyard.worker.engines.hermes import hermes_calls
 from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
@@ -113,6 +115,8 @@ class TorchEngine:
             raise EngineDead(self._dead)
         if job.adapter is not None:
             raise JobFailed(f"the torch engine takes no LoRA adapters, such as {job.adapter.name}")
+        refuse_formats(job, "torch")
+        calls = hermes_calls(job, "torch")
         run = _Run(job, next(self._serials))
         self._runs[run.serial] = run
         self._submit(run)
@@ -126,7 +130,7 @@ class TorchEngine:
                         del news  # else frame and error hold each other, and with them this engine
                 if news.finish_reason is not None:
                     del self._runs[run.serial]
-                yield news
+                yield news if calls is None else calls.of(news)
                 if news.finish_reason is not None:
                     return
         finally:
@@ -192,7 +196,7 @@ class TorchEngine:
                 self._steps += 1
                 self._running = frame["running"]
                 for delta in frame["deltas"]:
-                    self._give(delta.pop("serial"), Delta(**{**delta, "token_ids": tuple(delta["token_ids"])}))
+                    self._give(delta.pop("serial"), _delta(delta))
             elif frame["error"] == "rejected":
                 self._give(frame["serial"], JobRejected(frame["code"], frame["message"]))
             else:
@@ -236,6 +240,11 @@ class _LastWords:
     async def _read(self) -> None:
         while chunk := await self._pipe.read(READ_BYTES):
             self._kept = (self._kept + chunk)[-LAST_WORDS:]
+
+
+def _delta(said: dict[str, Any]) -> Delta:
+    logprobs = tuple(TokenLogprob.model_validate(one) for one in said["logprobs"])
+    return Delta(**{**said, "token_ids": tuple(said["token_ids"]), "logprobs": logprobs})
 
 
 def _send(process: asyncio.subprocess.Process, frame: Frame) -> None:

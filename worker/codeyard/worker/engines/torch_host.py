@@ -118,6 +118,7 @@ class Host:
                         "token_ids": delta.token_ids,
                         "finish_reason": delta.finish_reason,
                         "prompt_tokens": delta.prompt_tokens,
+                        "logprobs": [one.model_dump() for one in delta.logprobs],
                     }
                 )
         running = sum(row.completion.finish_reason is None for row in rows)

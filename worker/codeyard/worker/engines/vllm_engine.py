@@ -17,17 +17,19 @@ from functools import partial
 from typing import Any
 
 from codeyard.shared.errors import EngineDead, EngineUnavailable, JobFailed, JobRejected
-from codeyard.shared.job import JobId, Lane, Sampling
+from codeyard.shared.job import JobId, Lane
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.adapters import AdapterSlots, check_adapter
 from codeyard.worker.engines.chat import prompt_ids, template_text
 from codeyard.worker.engines.children import KILL_S, Processes, Reaper
-from codeyard.worker.engines.completion import Completion, check_prompt
+from codeyard.worker.engines.completion import Completion, check_prompt, decoder
 from codeyard.worker.engines.memory import Meter
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Adapter, Delta, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.engines.remains import Remains
 from codeyard.worker.engines.vllm_load import Stats, load
+from codeyard.worker.engines.vllm_params import logprobs_of, sampling_params
+from codeyard.worker.engines.vllm_tools import VllmTools
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,17 @@ class VllmEngine:
     """Made by `start`."""
 
     def __init__(
-        self, llm: Any, info: EngineInfo, stats: Stats, settings: EngineSettings, held: "_Held", reaper: Reaper
+        self,
+        llm: Any,
+        info: EngineInfo,
+        stats: Stats,
+        settings: EngineSettings,
+        tools: VllmTools,
+        held: "_Held",
+        reaper: Reaper,
     ) -> None:
-        from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.lora.request import LoRARequest
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self.info = info
@@ -56,8 +63,6 @@ class VllmEngine:
         self._remains = held.remains
         self._meter = held.meter
         self._reaper = reaper
-        self._params = SamplingParams
-        self._kinds = RequestOutputKind
         self._lora = LoRARequest
         self._dead_error = EngineDeadError
         self._client_error = VLLMClientError
@@ -66,6 +71,7 @@ class VllmEngine:
         self._ends = _end_ids(llm)
         self._tokenizer = llm.get_tokenizer()
         self._template = settings.chat_template
+        self._tools = tools
         self._thread = ThreadPoolExecutor(1, "tokenizer")  # one: tokenizers are not made for several
         self._serials = itertools.count()
         # vLLM's request id -> ours; a job may come again while its last run winds down
@@ -86,6 +92,11 @@ class VllmEngine:
         settings = settings.model_copy(update={"chat_template": template_text(settings.chat_template)})
         async with _loading:
             llm, held = await _loaded(source, settings, stats)
+        try:
+            tools = VllmTools(llm.get_tokenizer(), settings.tool_call_parser)
+        except EngineUnavailable:
+            await _dismantle(llm, held.processes, held.remains)
+            raise
         import vllm
 
         info = EngineInfo(
@@ -98,7 +109,7 @@ class VllmEngine:
             continuous=True,
             can_sleep=bool(llm.model_config.enable_sleep_mode),
         )
-        return cls(llm, info, stats, settings, held, await Reaper.start(held.processes, held.remains.folder))
+        return cls(llm, info, stats, settings, tools, held, await Reaper.start(held.processes, held.remains.folder))
 
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_alive()
@@ -109,7 +120,9 @@ class VllmEngine:
             context_tokens=self.info.context_tokens,
             only_count=job.sampling.max_tokens == 0,
         )
-        completion = Completion(job, prompt_ids, self._decode, ends=self._ends, context_tokens=self.info.context_tokens)
+        calls, special = self._tools.of(job)
+        decode = decoder(self._tokenizer, self._ends, special=special)
+        completion = Completion(job, prompt_ids, decode, ends=self._ends, context_tokens=self.info.context_tokens)
         if (delta := completion.delta()) is not None:
             yield delta  # complete with what an earlier run had generated, or only counted
             return
@@ -123,16 +136,16 @@ class VllmEngine:
                     return
                 outputs = self._llm.generate(
                     {"type": "token", "prompt_token_ids": [*prompt_ids, *job.prefix_token_ids]},
-                    self._sampling_params(job, completion.room),
+                    sampling_params(job, room=completion.room),
                     request_id,
                     lora_request=lora,
                     priority=PRIORITY[job.lane],
                 )
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
-                        self._take(completion, output)
+                        self._take(completion, output, job.sampling.logprobs)
                         if (delta := completion.delta()) is not None:
-                            yield delta
+                            yield delta if calls is None else calls.of(delta)
                         if completion.finish_reason is not None:
                             return
         except (JobFailed, EngineDead):
@@ -268,23 +281,10 @@ class VllmEngine:
         ids = partial(prompt_ids, self._tokenizer, job.prompt, template=self._template)
         return await asyncio.get_running_loop().run_in_executor(self._thread, ids)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[no-any-return]  # untyped
-
-    def _sampling_params(self, job: EngineJob, room: int) -> Any:
-        asked: Sampling = job.sampling
-        given = asked.model_dump(exclude_none=True, exclude={"stop", "max_tokens"})
-        return self._params(
-            **{"temperature": 0.0, **given},
-            max_tokens=room,
-            detokenize=False,
-            # Stop strings need every token: they are looked for here.
-            output_kind=self._kinds.DELTA if job.stream or asked.stop else self._kinds.FINAL_ONLY,
-        )
-
-    def _take(self, completion: Completion, output: Any) -> None:
+    def _take(self, completion: Completion, output: Any, num_top: int | None) -> None:
         [one] = output.outputs
-        completion.push(one.token_ids)
+        logprobs = [] if num_top is None else logprobs_of(one, self._tokenizer.decode, num_top=num_top)
+        completion.push(one.token_ids, logprobs)
         match one.finish_reason:
             case None:
                 pass

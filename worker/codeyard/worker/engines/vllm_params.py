@@ -1,0 +1,56 @@
+"""What a job asks for, in vLLM's words: its SamplingParams, structured outputs among them.
+
+Called by: vllm_engine, in the worker; vLLM is imported when the first job comes. Pinned, as all that is called
+of vLLM, by tests/integration/test_engine_vllm.py.
+"""
+
+from typing import Any
+
+from codeyard.shared.chat import Chat, TokenLogprob
+from codeyard.shared.job import OutputFormat
+from codeyard.worker.engines.completion import Decode, token_logprob
+from codeyard.worker.engines.forced import forced_schema
+from codeyard.worker.engines.port import EngineJob
+
+OURS = {"stop", "max_tokens", "output_format"}  # fields of a job's sampling that vLLM does not get by their names
+
+
+def sampling_params(job: EngineJob, *, room: int) -> Any:
+    """`room`: tokens it may still take. A call that is demanded goes before the job's own format."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    asked = job.sampling
+    forced = forced_schema(job.prompt) if isinstance(job.prompt, Chat) and job.prompt.offers_tools else None
+    form = _format(asked.output_format) if forced is None else {"json": forced}
+    return SamplingParams(
+        **{"temperature": 0.0, **asked.model_dump(exclude_none=True, exclude=OURS)},
+        max_tokens=room,
+        detokenize=False,
+        structured_outputs=StructuredOutputsParams(**form) if form else None,
+        # Stop strings need every token: they are looked for here.
+        output_kind=RequestOutputKind.DELTA if job.stream or asked.stop else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def logprobs_of(output: Any, decode: Decode, *, num_top: int) -> list[TokenLogprob]:
+    """Of a CompletionOutput: each of its tokens', with the `num_top` likeliest in its place."""
+    return [
+        token_logprob(
+            decode,
+            token,
+            at[token].logprob,
+            [(other, one.logprob) for other, one in at.items() if one.rank is not None and one.rank <= num_top],
+        )
+        for token, at in zip(output.token_ids, output.logprobs, strict=True)
+    ]
+
+
+def _format(asked: OutputFormat | None) -> dict[str, Any]:
+    if asked is None:
+        return {}
+    if asked.json_schema == {}:
+        return {"json_object": True}
+    if asked.json_schema is not None:
+        return {"json": asked.json_schema}
+    return {"regex": asked.regex} if asked.regex is not None else {"choice": list(asked.choice or ())}
