@@ -31,7 +31,8 @@ KEEPALIVE_MS = 30_000  # of silence while a call is open, then a ping; gateways 
 KEEPALIVE_ANSWER_MS = 10_000
 MAX_MESSAGE_BYTES = 64 * 1_048_576  # of a result with 131,072 tokens and a few likely others for each
 RECONNECT_MS = 200, 5_000  # first and longest pause of the channel before it tries an address again
-STEADY_S = 10.0  # a call that lasted this long had a gateway
+CONNECT_MS = 5_000  # for a connection to be made, TLS included
+STEADY_S = 30.0  # a call that lasted this long had a gateway: longer than it takes to find out that there is none
 PAUSE_S = 0.1, 2.0  # first and longest pause of a stream before it goes on
 
 
@@ -44,7 +45,7 @@ class Link:
             "grpc.keepalive_timeout_ms": KEEPALIVE_ANSWER_MS,
             "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
             "grpc.initial_reconnect_backoff_ms": RECONNECT_MS[0],
-            "grpc.min_reconnect_backoff_ms": RECONNECT_MS[0],
+            "grpc.min_reconnect_backoff_ms": CONNECT_MS,
             "grpc.max_reconnect_backoff_ms": RECONNECT_MS[1],
             **options,
         }

@@ -77,6 +77,7 @@ class Fleet(FleetServicer):
             jobs = await call.jobs(Scope.READ)
             job_id = requests.known_form(request.job_id)
             check_sequence(request.from_sequence, await jobs.status(job_id))
+            await context.send_initial_metadata(())  # the stream stands, though its job may be silent for long
 
             async def tell() -> bool:
                 async with aclosing(jobs.stream(job_id, request.from_sequence)) as events:
@@ -91,6 +92,7 @@ class Fleet(FleetServicer):
     async def StreamInference(self, _: Any, context: Context) -> None:
         async with self._calls.answering(context, "StreamInference") as call:
             await call.jobs(Scope.SUBMIT, Scope.READ)
+            await context.send_initial_metadata(())
             with self._kit.metrics.streams_open.track_inprogress():
                 inference = Inference(self, call, self._kit.stopping)
                 if await unless(inference.run(), self._kit.stopping.wait()) is None:
