@@ -166,6 +166,7 @@ async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
         db.executescript(first.replace("revision TEXT NOT NULL,", "revision TEXT NOT NULL, context_tokens INTEGER,"))
         for later in ("notices", "api_keys", "levels", "live_jobs", "chunks", "chunk_holders", "documents"):
             db.execute(f"DROP TABLE {later}")
+        db.executescript("DROP TRIGGER callback_gone; DROP TABLE callbacks;")
         db.execute("INSERT INTO aliases VALUES ('file', 'starter', 'starter-1', 2048)")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")

@@ -18,11 +18,13 @@ from codeyard.shared.store import transitions
 from codeyard.shared.store.port import (
     Append,
     AppendVerdict,
+    CallbackOutcome,
     CancelVerdict,
     Claim,
     ClaimVerdict,
     Commit,
     CommitVerdict,
+    NoteCallback,
     Queued,
     QueuedVerdict,
     RecoverVerdict,
@@ -34,6 +36,7 @@ from codeyard.shared.store.port import (
     Renewal,
     Reservation,
     ReserveVerdict,
+    TakeCallback,
     Timing,
 )
 from codeyard.shared.store.redis import RedisStore
@@ -44,7 +47,17 @@ pytestmark = pytest.mark.services
 SEEDS = range(24)
 NUM_STEPS = 50
 TICK_S = 40.0  # time passes in these; the durations below end between two of them
-TIMES = ("lease_until", "created_at", "queued_at", "started_at", "finished_at", "deadline_at", "check_at", "expires_at")
+TIMES = (
+    "lease_until",
+    "created_at",
+    "queued_at",
+    "started_at",
+    "finished_at",
+    "deadline_at",
+    "check_at",
+    "expires_at",
+    "callback_at",
+)
 SLACK_S = 2.0  # what the server's clock may add during one step
 SETTINGS: dict[str, Any] = {
     "lease_s": 100,
@@ -71,7 +84,7 @@ class Model:
 
     def _step(self, name: str, request: Any) -> Any:
         job_id = request if isinstance(request, str) else getattr(request, "job_id", None) or request.job.id
-        transition: Callable[..., transitions.Step[Any]] = getattr(transitions, name)
+        transition: Callable[..., transitions.Step[Any]] = getattr(transitions, name.replace("callbacks", "callback"))
         arguments = () if name == "cancel" else (request,)
         before = self.records.get(job_id)
         step = transition(before, *arguments, self.now, self.timing)
@@ -105,8 +118,10 @@ class Calls:
             "cancel",
             "recover",
             "redrive",
+            "take_callbacks",
+            "note_callbacks",
         )
-        name = self.choose.choices(names, weights=(4, 4, 6, 2, 3, 1, 4, 1, 6, 3))[0]
+        name = self.choose.choices(names, weights=(4, 4, 6, 2, 3, 1, 4, 1, 6, 3, 2, 2))[0]
         return name, [getattr(self, f"_{name}")(self._job()) for _ in range(self.choose.randint(1, 4))]
 
     def _job(self) -> Job:
@@ -183,6 +198,15 @@ class Calls:
         outcome = Result(state=State.FAILED)
         return Redrive(job, self._digest(job), died_in, outcome, new_nonce(), self._nonce())
 
+    def _take_callbacks(self, job: Job) -> TakeCallback:
+        return TakeCallback(job.id, lease_s=60.0)
+
+    def _note_callbacks(self, job: Job) -> NoteCallback:
+        record = self.model.records.get(job.id)
+        incarnation = record.incarnation if record and self.choose.random() < 0.9 else "another"
+        attempt = (record.callback_attempts if record else 1) - self.choose.choice((0, 0, 0, 1))
+        return NoteCallback(job.id, incarnation, attempt, self.choose.choice(list(CallbackOutcome)), delay_s=20.0)
+
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[RedisStore]:
@@ -209,6 +233,8 @@ async def test_every_script_decides_as_the_transition_it_ports(store: RedisStore
         *{f"cancel {verdict}" for verdict in CancelVerdict},
         *{f"recover {verdict}" for verdict in RecoverVerdict},
         *{f"redrive {verdict}" for verdict in RedriveVerdict},
+        *{f"take_callbacks {taken}" for taken in (True, False)},
+        *{f"note_callbacks {noted}" for noted in (True, False)},
     }
     assert everything - seen == set(), "these calls never met some verdicts: choose other seeds"
 
@@ -218,7 +244,8 @@ async def compare(store: RedisStore, seed: int) -> set[str]:
     choose = random.Random(seed)
     model = Model(store.timing)
     jobs = [
-        make_job(f"{seed}-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate((80_020.0, 80_020.0, 1_020.0, 20.5))
+        make_job(f"{seed}-{n}", timeout_s=timeout_s, callback_url="https://hooks.example.com/x" if n % 2 else None)
+        for n, timeout_s in enumerate((80_020.0, 80_020.0, 1_020.0, 20.5))
     ]
     calls = Calls(choose, model, jobs)
     seen = set()
@@ -260,6 +287,10 @@ async def call_both(
         assert await store.events(job.id, after=0) == model.events.get(job.id, []), where
     due = {job.id for job in jobs if job.id in model.records and 0 < model.records[job.id].check_at <= now}
     assert {job.id for job in jobs} & set(await store.due(100)) == due, where
+    calling = {job.id for job in jobs if job.id in model.records and 0 < model.records[job.id].callback_at <= now}
+    assert {job.id for job in jobs} & set(await store.callbacks_due(100)) == calling, where
+    if name == "take_callbacks":
+        return {f"{name} {outcome is not None}" for outcome in expected}
     return {f"{name} {getattr(outcome, 'verdict', outcome)}" for outcome in expected}
 
 
@@ -279,6 +310,9 @@ async def pass_time(store: RedisStore, model: Model, seconds: float) -> None:
                 await store._link.command("HINCRBYFLOAT", topology.job_key(job_id, "record"), name, repr(-seconds))
         if record.check_at:
             due = topology.shard_key(store_shard(job_id), "due")
+            await store._link.command("ZINCRBY", due, int(-seconds * 1_000_000), job_id)
+        if record.callback_at:
+            due = topology.shard_key(store_shard(job_id), "callbacks")
             await store._link.command("ZINCRBY", due, int(-seconds * 1_000_000), job_id)
 
 

@@ -45,3 +45,4 @@ async def live(stores: StoreYard, life: Life) -> None:
         for job in jobs:
             assert await store.events(job.id, after=0) == model.streams.get(job.id, []), where
         assert sorted(await store.due(10)) == sorted(model.due(now)), where
+        assert sorted(await store.callbacks_due(10)) == sorted(model.callbacks_due(now)), where

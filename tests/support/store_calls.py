@@ -8,7 +8,13 @@ from codeyard.shared.store.port import Claim, Claimed, ClaimVerdict, Commit, Que
 OWNER = "worker-1"
 
 
-def make_job(key: str | None = None, *, prompt: str = "def add(a, b):", timeout_s: float = 3_600.0) -> Job:
+def make_job(
+    key: str | None = None,
+    *,
+    prompt: str = "def add(a, b):",
+    timeout_s: float = 3_600.0,
+    callback_url: str | None = None,
+) -> Job:
     key = key or new_nonce()
     return Job.build(
         id=job_id_for_key("tests", key),
@@ -18,6 +24,7 @@ def make_job(key: str | None = None, *, prompt: str = "def add(a, b):", timeout_
         revision="m-1",
         prompt=prompt,
         timeout_s=timeout_s,
+        callback_url=callback_url,
     )
 
 

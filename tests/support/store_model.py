@@ -11,14 +11,17 @@ from codeyard.shared.record import Event, EventKind, Record, Result, State
 from codeyard.shared.store import transitions
 from codeyard.shared.store.port import (
     Append,
+    CallbackOutcome,
     Claim,
     Commit,
+    NoteCallback,
     Queued,
     Recovery,
     Redrive,
     Release,
     Renewal,
     Reservation,
+    TakeCallback,
     Timing,
 )
 from support.store_calls import make_job, success
@@ -47,9 +50,13 @@ class Model:
         waiting = [record for record in self.records.values() if 0 < record.check_at <= now]
         return [record.id for record in sorted(waiting, key=lambda record: record.check_at)]
 
+    def callbacks_due(self, now: float) -> list[JobId]:
+        waiting = [record for record in self.records.values() if 0 < record.callback_at <= now]
+        return [record.id for record in sorted(waiting, key=lambda record: record.callback_at)]
+
     def _step(self, name: str, request: Any, now: float) -> Any:
         job_id = request if isinstance(request, str) else getattr(request, "job_id", None) or request.job.id
-        transition: Callable[..., transitions.Step[Any]] = getattr(transitions, name)
+        transition: Callable[..., transitions.Step[Any]] = getattr(transitions, name.replace("callbacks", "callback"))
         arguments = () if name == "cancel" else (request,)
         step = transition(self.records.get(job_id), *arguments, now, self.timing)
         if step.record is not None:
@@ -102,6 +109,14 @@ class Plan:
                 f"r-{self.publication}",
                 self.publication,
             ),
+            "take_callbacks": lambda: TakeCallback(job.id, 60.0),
+            "note_callbacks": lambda: NoteCallback(
+                job.id,
+                incarnation or "another life",
+                (record.callback_attempts if record else 1) - int(self.flag),
+                list(CallbackOutcome)[self.num_events % 3],
+                20.0,
+            ),
         }
         return requests[self.name]()
 
@@ -126,7 +141,7 @@ def plans(name: str) -> st.SearchStrategy[Plan]:
     )
 
 
-OFTEN = ("claim", "claim", "recover")
+OFTEN = ("claim", "claim", "recover", "take_callbacks", "note_callbacks")
 NAMES = st.sampled_from(
     ("reserve", "mark_queued", "claim", "renew", "append", "commit", "release", "cancel", "recover", "redrive", *OFTEN)
 )
@@ -138,4 +153,7 @@ LIVES: st.SearchStrategy[Life] = st.lists(st.tuples(PAUSES_S, GROUPS), min_size=
 
 def new_jobs() -> list[Job]:
     """What a plan's `job` counts; none is the default timeout, so that deadlines come to pass."""
-    return [make_job(f"key-{n}", timeout_s=timeout_s) for n, timeout_s in enumerate(TIMEOUTS_S)]
+    return [
+        make_job(f"key-{n}", timeout_s=timeout_s, callback_url=None if n == 1 else "https://hooks.example.com/x")
+        for n, timeout_s in enumerate(TIMEOUTS_S)
+    ]

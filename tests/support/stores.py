@@ -41,6 +41,7 @@ _TIMES = (
     "deadline_at",
     "check_at",
     "expires_at",
+    "callback_at",
 )
 
 
@@ -146,7 +147,7 @@ class MemoryStoreYard(StoreYard):
 
 async def _move_back(redis: Redis, key: str, seconds: float) -> None:
     part = key.rsplit(":", 1)[1]
-    if part in {"due", "recent"}:  # indexes by time, in microseconds
+    if part in {"due", "recent", "callbacks"}:  # indexes by time, in microseconds
         for member in await redis.zrange(key, 0, -1):
             await redis.zincrby(key, int(-seconds * 1_000_000), str(member))
         return

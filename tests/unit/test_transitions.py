@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from support.store_calls import make_job, reservation_of, success, tokens
 from support.store_model import LIVES, Life, Model, new_jobs
 
-from codeyard.shared.record import EventKind, Record, State
+from codeyard.shared.record import Callback, EventKind, Record, State
 from codeyard.shared.store import transitions
 from codeyard.shared.store.port import (
     Append,
@@ -52,6 +52,9 @@ class Witness:
         assert 0 <= record.attempt <= record.counter
         assert 0 <= record.alone_crashes <= record.crashes <= record.counter
         assert record.expires_at >= record.deadline_at + TIMING.longest_run_s + TIMING.retention_s - 0.001
+        assert (record.callback_at > 0) == (record.callback is Callback.DUE), "a due callback nobody would look at"
+        assert record.callback is not Callback.DUE or record.state.final, "a callback before the end"
+        assert record.callback is not Callback.WAITING or not record.state.final, "an end that nobody is told"
 
     def _check_step(self, previous: Record, record: Record) -> None:
         if record.incarnation != previous.incarnation or record.created_at != previous.created_at:
@@ -59,7 +62,10 @@ class Witness:
                 "only a job that was never accepted may be made anew, or one that died"
             )
             return
-        assert not previous.state.final, "a final record changed"
+        if previous.state.final:
+            assert previous.callback is Callback.DUE, "a callback that is over changed"
+            assert calling(record) == calling(previous), "a final record changed"
+            return
         assert record.job is previous.job
         assert record.counter in {previous.counter, previous.counter + 1}
         assert record.crashes in {previous.crashes, previous.crashes + 1}
@@ -71,6 +77,11 @@ class Witness:
 def was_never_accepted(record: Record) -> bool:
     error = record.result.error if record.result else None
     return record.state is State.EXPIRED and error is not None and error.code == NEVER_PUBLISHED
+
+
+def calling(record: Record) -> Record:
+    """What is left when what deliveries change is taken away."""
+    return record.model_copy(update={"callback": Callback.NONE, "callback_at": 0.0, "callback_attempts": 0})
 
 
 def was_redriven(previous: Record, record: Record) -> bool:

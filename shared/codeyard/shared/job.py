@@ -34,6 +34,7 @@ _KEY_NAMESPACE = uuid.UUID("6f0ad9f4-6f7f-5c39-9f0e-5d0f6f5e9a11")  # fixed for 
 
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+CallbackUrl = Annotated[str, Field(max_length=2_000, pattern=r"^https?://[\x21-\x7e]+$")]
 
 
 Prompt = Annotated[str, Field(min_length=1)] | Annotated[tuple[TokenId, ...], Field(min_length=1)] | Chat
@@ -136,6 +137,7 @@ class Job(BaseModel):
     stream: bool = False
     timeout_s: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] = DEFAULT_TIMEOUT_S
     metadata: dict[str, Any] = Field(default_factory=dict)
+    callback_url: CallbackUrl | None = None  # told the job's end: docs/webhooks.md
     asked_model: Name | None = None  # what the caller named, where `model` stands in for it; the digest goes by it
 
     @model_validator(mode="after")

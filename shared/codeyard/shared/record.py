@@ -131,6 +131,16 @@ class Past(BaseModel):
         return self.model_dump_json(exclude_none=True)
 
 
+class Callback(StrEnum):
+    """Of a job with a `callback_url`: where the delivery of its end is."""
+
+    NONE = ""
+    WAITING = "waiting"  # for the job's end
+    DUE = "due"  # at `callback_at`; then, or when whoever took it has been silent for its lease, a gateway takes it
+    DELIVERED = "delivered"
+    GIVEN_UP = "given_up"
+
+
 class Record(BaseModel):
     """All the store knows of one job, but for its events.
 
@@ -166,6 +176,9 @@ class Record(BaseModel):
     last_seq: int = 0  # of its events
     result: Result | None = None
     history: tuple[Past, ...] = ()  # of a redriven job, oldest first
+    callback: Callback = Callback.NONE
+    callback_at: float = 0.0  # when it is tried next; 0 unless due
+    callback_attempts: int = 0  # deliveries that were begun
 
     @property
     def lane(self) -> Lane:
@@ -193,6 +206,7 @@ class JobStatus(BaseModel):
     last_seq: int  # of its events: a stream resumes after at most this
     result: Result | None
     asked_model: str | None = None  # what the caller named, where `model` stands in for it
+    callback: Callback | None = None  # where the delivery of its end is; None: nobody wanted one
 
     @classmethod
     def of(cls, record: Record) -> "JobStatus":
@@ -214,6 +228,7 @@ class JobStatus(BaseModel):
             last_seq=record.last_seq,
             result=record.result,
             asked_model=job.asked_model,
+            callback=record.callback or None,
         )
 
 

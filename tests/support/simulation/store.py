@@ -21,6 +21,7 @@ from codeyard.shared.store.port import (
     Claimed,
     Commit,
     Committed,
+    NoteCallback,
     Queued,
     QueuedVerdict,
     Recovered,
@@ -33,6 +34,7 @@ from codeyard.shared.store.port import (
     Renewed,
     Reservation,
     Reserved,
+    TakeCallback,
     Timing,
     Wakeup,
 )
@@ -151,6 +153,21 @@ class MemoryStore:
 
     async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
         return await self._steps("redrive", group, lambda one: one.job.id)
+
+    async def callbacks_due(self, limit: int) -> list[JobId]:
+        def look(_: Sequence[None]) -> list[list[JobId]]:
+            now = self._server.clock()
+            due = [(one.callback_at, one.id) for one in self._server.records.values() if 0 < one.callback_at <= now]
+            return [[job_id for _, job_id in sorted(due)[:limit] if self._server.find(job_id)]]
+
+        [found] = await self._link.call("store.callbacks_due", NOTHING, look)
+        return found
+
+    async def take_callbacks(self, group: Sequence[TakeCallback]) -> list[Record | None]:
+        return await self._steps("take_callback", group, lambda one: one.job_id)
+
+    async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
+        return await self._steps("note_callback", group, lambda one: one.job_id)
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
         return await self._link.call("store.read", group, lambda ids: [self._server.find(one) for one in ids])

@@ -15,7 +15,7 @@ from codeyard.shared.errors import SettingsError
 T = TypeVar("T")
 
 APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
-VERSION = 4
+VERSION = 5
 OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
 LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
 
@@ -36,6 +36,12 @@ CREATE TABLE events (
 CREATE TRIGGER job_gone AFTER DELETE ON jobs BEGIN
     DELETE FROM bodies WHERE number = OLD.number;
     DELETE FROM events WHERE number = OLD.number;
+END;
+-- Final jobs whose caller is still to be told, and when next.
+CREATE TABLE callbacks (number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, at REAL NOT NULL) STRICT;
+CREATE INDEX callbacks_due ON callbacks (namespace, at);
+CREATE TRIGGER callback_gone AFTER DELETE ON jobs BEGIN
+    DELETE FROM callbacks WHERE number = OLD.number;
 END;
 CREATE TABLE aliases (
     namespace TEXT NOT NULL, name TEXT NOT NULL, document TEXT NOT NULL,
@@ -139,6 +145,13 @@ CREATE TABLE documents (
     lease_until REAL, until REAL NOT NULL, UNIQUE (namespace, kind, tenant, id)) STRICT;
 CREATE INDEX documents_open ON documents (namespace, kind, lease_until) WHERE lease_until IS NOT NULL;
 CREATE INDEX documents_end ON documents (until);
+""",
+    4: """
+CREATE TABLE callbacks (number INTEGER PRIMARY KEY, namespace TEXT NOT NULL, at REAL NOT NULL) STRICT;
+CREATE INDEX callbacks_due ON callbacks (namespace, at);
+CREATE TRIGGER callback_gone AFTER DELETE ON jobs BEGIN
+    DELETE FROM callbacks WHERE number = OLD.number;
+END;
 """,
 }
 

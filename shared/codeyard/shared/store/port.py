@@ -239,6 +239,31 @@ class Redriven:
     record: Record | None = None  # of REDRIVEN: what to publish
 
 
+@dataclass(frozen=True, slots=True)
+class TakeCallback:
+    """One due callback asks to be delivered by whoever calls, within `lease_s`; then another may take it."""
+
+    job_id: JobId
+    lease_s: float
+
+
+class CallbackOutcome(StrEnum):
+    DELIVERED = "delivered"
+    AGAIN = "again"  # to be tried again after `delay_s`
+    GIVEN_UP = "given_up"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteCallback:
+    """How the delivery went that was taken as `attempt` (the record's `callback_attempts`) of `incarnation`."""
+
+    job_id: JobId
+    incarnation: str
+    attempt: int
+    outcome: CallbackOutcome
+    delay_s: float = 0.0
+
+
 class Wakeup(Protocol):
     async def wait(self, timeout_s: float) -> None:
         """Return when the job may have changed, or after `timeout_s`. A hint: always read after."""
@@ -282,6 +307,16 @@ class Store(Protocol):
 
     async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
         """The one way out of a final state: failed or expired, to queued. Twice with the same letter is once."""
+
+    async def callbacks_due(self, limit: int) -> list[JobId]:
+        """Jobs whose callback is to be delivered now, those that wait longest first."""
+
+    async def take_callbacks(self, group: Sequence[TakeCallback]) -> list[Record | None]:
+        """The record of each that is the caller's to deliver now; None: it is not due, or somebody else has it."""
+
+    async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
+        """False: noted nothing, because another delivery of it has begun or ended since. One that arrived is
+        always noted. What repeats an earlier note is True."""
 
     async def recent(self, limit: int) -> list[Record]:
         """The newest records, newest first; for people, so bounded and approximate."""

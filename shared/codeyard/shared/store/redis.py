@@ -9,6 +9,7 @@ indexes look like in Redis is documented in docs/wire-contract.md.
     {ns}:{sNN}:<id>:wake     channel  the newest seq, published with every event
     {ns}:{sNN}:due           zset     ids by check_at, of jobs that are not final
     {ns}:{sNN}:recent        zset     the newest ids by created_at, bounded
+    {ns}:{sNN}:callbacks     zset     ids by callback_at, of final jobs whose caller is still to be told
     {ns}:aliases             hash     never read inside job scripts
     {ns}:{notices}:text      hash     a worker's notice by its name
     {ns}:{notices}:until     zset     when each is over, in milliseconds
@@ -34,6 +35,7 @@ from codeyard.shared.store.port import (
     Claimed,
     Commit,
     Committed,
+    NoteCallback,
     Queued,
     QueuedVerdict,
     Recovered,
@@ -46,6 +48,7 @@ from codeyard.shared.store.port import (
     Renewed,
     Reservation,
     Reserved,
+    TakeCallback,
     Wakeup,
 )
 from codeyard.shared.store.redis_link import Item, RedisLink
@@ -153,6 +156,17 @@ class RedisStore:
         outcomes = await self._call("redrive", group, codec.redrive, before_ack=True)
         return [codec.redriven(*outcome) for outcome in outcomes]
 
+    async def callbacks_due(self, limit: int) -> list[JobId]:
+        found = await self._look_through("callbacks", limit, script="due")
+        return [job_id for _, job_id in sorted(found)[:limit]]
+
+    async def take_callbacks(self, group: Sequence[TakeCallback]) -> list[Record | None]:
+        outcomes = await self._call("take_callback", group, codec.callback_taking)
+        return [codec.record(stored) if stored else None for stored in outcomes]
+
+    async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
+        return await self._call("note_callback", group, codec.callback_note, before_ack=True)
+
     # Reading ---------------------------------------------------------------------------------------
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
@@ -222,14 +236,15 @@ class RedisStore:
             topology.job_key(job_id, "events"),
             topology.shard_key(shard, "due"),
             topology.shard_key(shard, "recent"),
+            topology.shard_key(shard, "callbacks"),
         )
 
-    async def _look_through(self, index: str, limit: int) -> list[tuple[float, JobId]]:
+    async def _look_through(self, index: str, limit: int, *, script: str = "") -> list[tuple[float, JobId]]:
         """The first `limit` of every shard's index, with their times; each shard may hold the very first ones."""
         if limit < 1:
             return []
         items = [Item(shard, (self._topology.shard_key(shard, index),)) for shard in range(NUM_STORE_SHARDS)]
-        shards = await self._link.run(index, items, {"limit": limit})
+        shards = await self._link.run(script or index, items, {"limit": limit})
         return [(float(at), job_id) for found in shards for job_id, at in _pairs(found)]
 
 

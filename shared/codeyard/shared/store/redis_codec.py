@@ -24,6 +24,7 @@ from codeyard.shared.store.port import (
     Commit,
     Committed,
     CommitVerdict,
+    NoteCallback,
     Queued,
     Recovered,
     RecoverVerdict,
@@ -37,6 +38,7 @@ from codeyard.shared.store.port import (
     Reservation,
     Reserved,
     ReserveVerdict,
+    TakeCallback,
     Timing,
 )
 from codeyard.shared.store.transitions import MAX_HISTORY, MAX_QUEUE_CHECK_S, NEVER_PUBLISHED, REPUBLISH_RETRY_S
@@ -68,6 +70,9 @@ FIELDS = (  # in the order of `ALL` in lua/prelude.lua
     "last_seq",
     "result",
     "history",
+    "callback",  # from here on only in records of jobs with a callback
+    "callback_at",
+    "callback_attempts",
 )
 
 Request = dict[str, Any]
@@ -102,6 +107,7 @@ def reservation(request: Reservation) -> Request:
         "publication": request.publication,
         "incarnation": request.incarnation,
         "timeout_s": job.timeout_s,
+        **_callback(job),
     }
 
 
@@ -119,6 +125,7 @@ def claim(request: Claim) -> Request:
         "owner": request.owner,
         "incarnation": request.incarnation,
         "timeout_s": job.timeout_s,
+        **_callback(job),
     }
     if request.published_at is not None:
         fields["published_at"] = request.published_at
@@ -178,7 +185,26 @@ def redrive(request: Redrive) -> Request:
         "died_in": request.died_in,
         "result": request.outcome.encode().encode(),
         "timeout_s": job.timeout_s,
+        **_callback(job),
     }
+
+
+def callback_taking(request: TakeCallback) -> Request:
+    return {"id": request.job_id, "lease_s": request.lease_s}
+
+
+def callback_note(request: NoteCallback) -> Request:
+    return {
+        "id": request.job_id,
+        "incarnation": request.incarnation,
+        "attempt": request.attempt,
+        "outcome": request.outcome,
+        "delay_s": request.delay_s,
+    }
+
+
+def _callback(job: Job) -> Request:
+    return {"callback": True} if job.callback_url else {}
 
 
 def _events(events: Sequence[Event]) -> list[Request]:

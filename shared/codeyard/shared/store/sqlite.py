@@ -32,6 +32,7 @@ from codeyard.shared.store.port import (
     Claimed,
     Commit,
     Committed,
+    NoteCallback,
     Queued,
     QueuedVerdict,
     Recovered,
@@ -44,6 +45,7 @@ from codeyard.shared.store.port import (
     Renewed,
     Reservation,
     Reserved,
+    TakeCallback,
     Timing,
     Wakeup,
 )
@@ -111,6 +113,23 @@ class SqliteStore:
 
     async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
         return await self._steps(group, lambda one: one.job.id, transitions.redrive)
+
+    async def callbacks_due(self, limit: int) -> list[JobId]:
+        def work(db: sqlite3.Connection, now: float) -> list[JobId]:
+            rows = db.execute(
+                "SELECT id FROM callbacks JOIN jobs USING (number)"
+                " WHERE callbacks.namespace = ? AND at <= ? AND expires_at > ? ORDER BY at LIMIT ?",
+                (self._namespace, now, now, limit),
+            )
+            return [job_id for (job_id,) in rows]
+
+        return await self._read(work)
+
+    async def take_callbacks(self, group: Sequence[TakeCallback]) -> list[Record | None]:
+        return await self._steps(group, lambda one: one.job_id, transitions.take_callback)
+
+    async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
+        return await self._steps(group, lambda one: one.job_id, transitions.note_callback)
 
     async def read(self, group: Sequence[JobId]) -> list[Record | None]:
         def work(db: sqlite3.Connection, now: float) -> list[Record | None]:
@@ -296,6 +315,10 @@ def _save(db: sqlite3.Connection, namespace: str, before: _Row | None, step: Ste
             "UPDATE jobs SET record = ?, last_seq = ?, check_at = ?, expires_at = ? WHERE number = ?",
             (_encoded(after), after.last_seq, after.check_at, after.expires_at, number),
         )
+    if after.callback_at:
+        db.execute("INSERT OR REPLACE INTO callbacks VALUES (?, ?, ?)", (number, namespace, after.callback_at))
+    elif before is not None and before.record.callback_at:
+        db.execute("DELETE FROM callbacks WHERE number = ?", (number,))
     db.executemany("INSERT INTO events VALUES (?, ?, ?)", [(number, one.seq, one.encode()) for one in step.events])
 
 

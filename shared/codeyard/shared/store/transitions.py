@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from codeyard.shared.job import MAX_TIMEOUT_S
-from codeyard.shared.record import Event, EventKind, Failure, Past, Record, Result, State
+from codeyard.shared.job import MAX_TIMEOUT_S, Job
+from codeyard.shared.record import Callback, Event, EventKind, Failure, Past, Record, Result, State
 from codeyard.shared.store.port import (
     Append,
     AppendVerdict,
+    CallbackOutcome,
     CancelVerdict,
     Claim,
     Claimed,
@@ -21,6 +22,7 @@ from codeyard.shared.store.port import (
     Commit,
     Committed,
     CommitVerdict,
+    NoteCallback,
     Queued,
     QueuedVerdict,
     Recovered,
@@ -36,6 +38,7 @@ from codeyard.shared.store.port import (
     Reservation,
     Reserved,
     ReserveVerdict,
+    TakeCallback,
     Timing,
 )
 
@@ -74,6 +77,7 @@ def reserve(record: Record | None, request: Reservation, now: float, timing: Tim
         check_at=min(deadline_at, now + timing.unpublished_s),
         expires_at=deadline_at + timing.longest_run_s + timing.retention_s,
         last_seq=0,
+        callback=_wanted(request.job),
     )
     return Step(Reserved(ReserveVerdict.NEW, made), made)
 
@@ -234,6 +238,7 @@ def recover(record: Record | None, request: Recovery, now: float, timing: Timing
         return _expired(record, now, Recovered(RecoverVerdict.EXPIRED))
     if record.state is State.RESERVED:
         reason = "the broker never confirmed it; submit it again"
+        record = _changed(record, callback=Callback.NONE)  # nobody was told that it is accepted
         return _ended(record, State.EXPIRED, NEVER_PUBLISHED, reason, now, Recovered(RecoverVerdict.EXPIRED))
     if record.state is State.RUNNING or _is_unpublished(record) or request.queue_empty:
         later = _changed(record, check_at=min(record.deadline_at, now + REPUBLISH_RETRY_S))
@@ -274,7 +279,32 @@ def redrive(record: Record | None, request: Redrive, now: float, timing: Timing)
     return _lives_again(request, (*record.history, past)[-MAX_HISTORY:], now, timing)
 
 
+def take_callback(record: Record | None, request: TakeCallback, now: float, timing: Timing) -> Step[Record | None]:
+    """One deliverer at a time, as long as it is heard of within its lease; after that, at least once."""
+    if record is None or record.callback is not Callback.DUE or record.callback_at > now:
+        return Step(None)
+    taken = _changed(record, callback_attempts=record.callback_attempts + 1, callback_at=now + request.lease_s)
+    return Step(taken, taken)
+
+
+def note_callback(record: Record | None, request: NoteCallback, now: float, timing: Timing) -> Step[bool]:
+    """What arrived has arrived, whoever says so. Otherwise the newest delivery has the word."""
+    if record is None or record.incarnation != request.incarnation:
+        return Step(False)
+    if record.callback is not Callback.DUE:
+        return Step(record.callback == request.outcome.value)
+    if request.outcome is not CallbackOutcome.DELIVERED and record.callback_attempts != request.attempt:
+        return Step(False)
+    if request.outcome is CallbackOutcome.AGAIN:
+        return Step(True, _changed(record, callback_at=now + request.delay_s))
+    return Step(True, _changed(record, callback=Callback(request.outcome.value), callback_at=0.0))
+
+
 # Helpers -------------------------------------------------------------------------------------------
+
+
+def _wanted(job: Job) -> Callback:
+    return Callback.WAITING if job.callback_url else Callback.NONE
 
 
 def _is_live(record: Record, now: float) -> bool:
@@ -331,6 +361,7 @@ def _from_message(request: Claim, now: float, timing: Timing) -> Record:
         queued_at=now,
         deadline_at=deadline_at,
         expires_at=deadline_at + timing.longest_run_s + timing.retention_s,
+        callback=_wanted(request.job),
     )
 
 
@@ -348,6 +379,7 @@ def _lives_again(request: Redrive, history: tuple[Past, ...], now: float, timing
         check_at=min(deadline_at, now + REPUBLISH_RETRY_S),
         expires_at=deadline_at + timing.longest_run_s + timing.retention_s,
         history=history,
+        callback=_wanted(request.job),
     )
     return Step(Redriven(RedriveVerdict.REDRIVEN, record), record)
 
@@ -379,6 +411,8 @@ def _ended(record: Record, state: State, code: str, message: str, now: float, ou
 
 def _ended_with(record: Record, result: Result, tail: Sequence[Event], now: float, outcome: OutcomeT) -> Step[OutcomeT]:
     last = record.last_seq + len(tail) + 1
+    if record.callback is Callback.WAITING:
+        record = _changed(record, callback=Callback.DUE, callback_at=now)
     done = _changed(
         record,
         state=result.state,

@@ -14,6 +14,7 @@ local function from_message(job, request)
     queued_at = now,
     deadline_at = deadline_at,
     expires_at = deadline_at + timing.longest_run_s + timing.retention_s,
+    callback = request.callback and "waiting" or "",
   })
 end
 
@@ -28,7 +29,7 @@ return each_job(function(job, request)
   local record = load_record(
     job, "state", "digest", "incarnation", "publication", "owner", "lease_until", "counter", "fence", "attempt",
     "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "deadline_at", "last_seq",
-    "expires_at"
+    "expires_at", "callback"
   )
 
   if not record then

@@ -1,6 +1,6 @@
 -- First one wins. Refused for its fence, the delivery may go only if nobody counts on it.
 return each_job(function(job, request)
-  local record = load_record(job, "state", "fence", "publication", "last_seq", "expires_at")
+  local record = load_record(job, "state", "fence", "publication", "last_seq", "expires_at", "callback")
 
   if not record then return { "fenced", false } end
   if FINAL[record.state] then

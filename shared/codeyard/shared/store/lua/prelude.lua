@@ -2,7 +2,7 @@
 -- store/transitions.py keeps at its end. That file is the specification; each script here is one
 -- function of it, in the same order of questions.
 --
--- KEYS: four for each job (record, events, due, recent).  ARGV: one JSON text, the protocol's numbers and
+-- KEYS: five for each job (record, events, due, recent, callbacks).  ARGV: one JSON text, the protocol's numbers and
 -- the jobs' requests; then the long texts, which a request names by their place in ARGV.  Reply: one JSON text, an array with one outcome for each job. Numbers with a
 -- fraction leave as text, because cjson and tostring keep only 14 digits.
 
@@ -15,8 +15,11 @@ local timing = input.timing
 local function each_job(transition)
   local outcomes = {}
   for n, request in ipairs(input.requests) do
-    local k = 4 * (n - 1)
-    local job = { record = KEYS[k + 1], events = KEYS[k + 2], due = KEYS[k + 3], recent = KEYS[k + 4], id = request.id }
+    local k = 5 * (n - 1)
+    local job = {
+      record = KEYS[k + 1], events = KEYS[k + 2], due = KEYS[k + 3], recent = KEYS[k + 4], callbacks = KEYS[k + 5],
+      id = request.id,
+    }
     outcomes[n] = transition(job, request)
   end
   return cjson.encode(outcomes)
@@ -29,13 +32,17 @@ local KIND = {
   fence = "text", counter = "whole", owner = "text", lease_until = "time", attempt = "whole", crashes = "whole",
   alone = "flag", alone_crashes = "whole", cancel_requested = "flag", created_at = "time", queued_at = "time",
   started_at = "time", finished_at = "time", deadline_at = "time", check_at = "time", expires_at = "time",
-  last_seq = "whole", result = "text", history = "text",
+  last_seq = "whole", result = "text", history = "text", callback = "text",
+  callback_at = "time", callback_attempts = "whole",
 }
 local ALL = {
   "id", "state", "job", "digest", "incarnation", "publication", "fence", "counter", "owner", "lease_until", "attempt",
   "crashes", "alone", "alone_crashes", "cancel_requested", "created_at", "queued_at", "started_at", "finished_at",
   "deadline_at", "check_at", "expires_at", "last_seq", "result", "history",
+  "callback", "callback_at", "callback_attempts",
 }
+-- Only records of jobs with a callback have these.
+local ABSENT = { callback = "", callback_at = 0, callback_attempts = 0 }
 local FINAL = { succeeded = true, failed = true, cancelled = true, expired = true }
 
 local function decimal(seconds)
@@ -63,7 +70,9 @@ local function load_record(job, ...)
   for n = 1, #values do
     local name = select(n, ...)
     local kind, text = KIND[name], values[n]
-    if kind == "text" then
+    if not text and ABSENT[name] then
+      record[name] = ABSENT[name]
+    elseif kind == "text" then
       record[name] = text
     elseif kind == "flag" then
       record[name] = text == "1"
@@ -97,7 +106,7 @@ local function new_record(job, fields)
   change(record, {
     id = job.id, fence = "", counter = 0, owner = "", lease_until = 0, attempt = 0, crashes = 0, alone = false,
     alone_crashes = 0, cancel_requested = false, queued_at = 0, started_at = 0, finished_at = 0, check_at = 0,
-    last_seq = 0, result = "", history = "",
+    last_seq = 0, result = "", history = "", callback = "", callback_at = 0, callback_attempts = 0,
   })
   change(record, fields)
   return setmetatable(record, STRICT)
@@ -131,8 +140,10 @@ local function save(job, record, events)
   if record.is_new then redis.call("DEL", job.record, job.events) end
   local fields = {}
   for name in pairs(record.changed) do
-    fields[#fields + 1] = name
-    fields[#fields + 1] = encode(KIND[name], record[name])
+    if not record.is_new or record[name] ~= ABSENT[name] then
+      fields[#fields + 1] = name
+      fields[#fields + 1] = encode(KIND[name], record[name])
+    end
   end
   redis.call("HSET", job.record, unpack(fields))
   if record.is_new then
@@ -144,6 +155,13 @@ local function save(job, record, events)
       redis.call("ZADD", job.due, microseconds(record.check_at), job.id)
     else
       redis.call("ZREM", job.due, job.id)
+    end
+  end
+  if record.changed.callback_at then
+    if record.callback_at > 0 then
+      redis.call("ZADD", job.callbacks, microseconds(record.callback_at), job.id)
+    elseif not record.is_new then
+      redis.call("ZREM", job.callbacks, job.id)
     end
   end
   if events and #events > 0 then write_events(job, record, events) end
@@ -202,6 +220,7 @@ local function end_with(job, record, state, result, tail)
   change(record, {
     state = state, result = result, owner = "", lease_until = 0, finished_at = now, check_at = 0, last_seq = last,
   })
+  if record.callback == "waiting" then change(record, { callback = "due", callback_at = now }) end
   save(job, record, tail)
 end
 

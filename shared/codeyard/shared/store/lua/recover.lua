@@ -2,7 +2,8 @@
 return each_job(function(job, request)
   local queue_empty = request.queue_empty -- nil where the queue was not asked about
   local record = load_record(
-    job, "state", "check_at", "lease_until", "cancel_requested", "deadline_at", "queued_at", "last_seq", "expires_at"
+    job, "state", "check_at", "lease_until", "cancel_requested", "deadline_at", "queued_at", "last_seq", "expires_at",
+    "callback"
   )
 
   if not record or FINAL[record.state] then
@@ -24,6 +25,7 @@ return each_job(function(job, request)
     return { "expired" }
   end
   if record.state == "reserved" then
+    change(record, { callback = "" }) -- nobody was told that it is accepted
     end_as(job, record, "expired", timing.never_published, "the broker never confirmed it; submit it again")
     return { "expired" }
   end

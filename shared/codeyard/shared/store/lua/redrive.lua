@@ -7,6 +7,7 @@ end
 local function lives_again(job, request, history)
   while #history > timing.max_history do table.remove(history, 1) end
   local deadline_at = now + request.timeout_s
+  redis.call("ZREM", job.callbacks, job.id) -- of its last life
   save(job, new_record(job, {
     state = "queued",
     job = ARGV[request.body],
@@ -18,6 +19,7 @@ local function lives_again(job, request, history)
     check_at = math.min(deadline_at, now + timing.republish_retry_s),
     expires_at = deadline_at + timing.longest_run_s + timing.retention_s,
     history = cjson.encode(history),
+    callback = request.callback and "waiting" or "",
   }))
   return { "redriven", load_stored(job) }
 end

@@ -1,6 +1,8 @@
 -- The owner gives the job up on purpose, which makes nobody a suspect. A cancel asked for meanwhile ends it.
 return each_job(function(job, request)
-  local record = load_record(job, "state", "fence", "attempt", "cancel_requested", "deadline_at", "last_seq", "expires_at")
+  local record = load_record(
+    job, "state", "fence", "attempt", "cancel_requested", "deadline_at", "last_seq", "expires_at", "callback"
+  )
 
   if not record or record.fence ~= request.fence or FINAL[record.state] then return "fenced" end
   if record.state ~= "running" then return "released" end -- a repeat: nobody claimed it since

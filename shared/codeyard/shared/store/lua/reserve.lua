@@ -18,6 +18,7 @@ return each_job(function(job, request)
     deadline_at = deadline_at,
     check_at = math.min(deadline_at, now + timing.unpublished_s),
     expires_at = deadline_at + timing.longest_run_s + timing.retention_s,
+    callback = request.callback and "waiting" or "",
   }))
   local stored = load_stored(job)
   stored[3] = "" -- the job, which the caller has
