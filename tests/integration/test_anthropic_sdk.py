@@ -135,6 +135,16 @@ def test_tokens_are_counted_as_the_message_counts_them(client: anthropic.Anthrop
     assert counted.input_tokens > client.messages.count_tokens(model=MODEL, messages=TURNS).input_tokens
 
 
+def test_the_models_are_listed_in_anthropics_form(client: anthropic.Anthropic) -> None:
+    """The path is OpenAI's too; the SDK's own header says which is meant."""
+    [model] = client.models.list()
+
+    assert (model.id, model.type, model.lifecycle) == (MODEL, "model", "active")
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(anthropic.NotFoundError):
+        client.models.retrieve("nobody")
+
+
 def test_the_same_key_is_the_same_message(client: anthropic.Anthropic) -> None:
     """A caller that lost the answer sends the request again."""
     key = new_key()

@@ -10,9 +10,9 @@ from codeyard.producer.gateway.problems import KINDS
 
 REFUSALS = (
     *("malformed-json", "invalid-header", "unauthorized", "forbidden", "unknown-model", "body-timeout"),
-    *("idempotency-conflict", "too-large", "unsupported-media-type", "invalid-job", "queue-full"),
+    *("idempotency-conflict", "too-large", "storage-full", "unsupported-media-type", "invalid-job", "queue-full"),
     *("deadline-too-soon", "rate-limited", "quota-exceeded", "broker-unavailable", "store-unavailable"),
-    *("auth-unavailable", "not-ready"),
+    *("auth-unavailable", "model-unavailable", "not-ready"),
 )
 MESSAGE = {
     "id": "msg_0f4a7c9e-5b1d-5c39-9f0e-2f6a5d0f5e9a",

@@ -55,6 +55,7 @@ TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+"""By status. What has none here is the caller's fault below 500, and ours from there on."""
 
 ENDINGS = {
     "invalid_prompt": 400,
@@ -75,7 +76,8 @@ class Failed:
 
     @classmethod
     def of(cls, status: int, message: str) -> "Failed":
-        return cls(status, {"type": TYPES[status], "message": message})
+        kind = TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+        return cls(status, {"type": kind, "message": message})
 
 
 def refuse(error: Refused | FleetError) -> Response:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from codeyard.producer.gateway.anthropic import models as anthropic
 from codeyard.producer.gateway.openai.calls import as_json, early_error, finals, submitted
 from codeyard.producer.gateway.openai.chunks import STOPPING, frame, told
 from codeyard.producer.gateway.openai.convert import Asked, completion_of, read_chat, read_completion
@@ -78,15 +79,18 @@ class Models:
         ]
 
     async def every(self, request: Request, _: TenantJobs) -> Response:
-        aliases = await self._store.aliases()
-        return as_json({"object": "list", "data": [model_of(aliases[name]) for name in sorted(aliases)]})
+        by_name = await self._store.aliases()
+        aliases = [by_name[name] for name in sorted(by_name)]
+        if anthropic.wants_anthropics(request.headers):
+            return as_json(anthropic.listed(aliases))
+        return as_json({"object": "list", "data": [model_of(alias) for alias in aliases]})
 
     async def one(self, request: Request, _: TenantJobs) -> Response:
         name: str = request.path_params["model"]
         alias = (await self._store.aliases()).get(name)
         if alias is None:
             raise UnknownModel(name[:200])
-        return as_json(model_of(alias))
+        return as_json(anthropic.model_of(alias) if anthropic.wants_anthropics(request.headers) else model_of(alias))
 
 
 def model_of(alias: Alias) -> dict[str, Any]:
