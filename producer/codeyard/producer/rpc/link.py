@@ -67,10 +67,18 @@ class Link:
             stop=stop_after_delay(timeout_s),
             reraise=True,
         )
+        said: FleetError | None = None
         async for attempt in retrying:
-            with attempt, translated():
+            with attempt:
                 left_s = max(0.1, timeout_s - (attempt.retry_state.seconds_since_start or 0.0))
-                return await method(request, timeout=left_s, metadata=self.metadata)
+                try:
+                    with translated():
+                        return await method(request, timeout=left_s, metadata=self.metadata)
+                except GatewayUnavailable as error:
+                    raise said or error from None  # what a gateway said is more than that time is up
+                except COME_BACK as error:
+                    said = error
+                    raise
         raise AssertionError("tenacity returns or raises")
 
 
