@@ -114,6 +114,7 @@ HELLO = (Message(role="user", content="hello"),)
     [
         ({}, True),
         ({"sampling": Sampling(temperature=1.0)}, True),
+        ({"sampling": Sampling(stop=("\n\n",))}, True),
         ({"sampling": Sampling(seed=0)}, False),
         ({"sampling": Sampling(logprobs=0)}, False),
         ({"sampling": Sampling(output_format=OutputFormat(type="regex", regex="a+"))}, False),
@@ -134,3 +135,10 @@ def held(**changes: Any) -> HeldJob:
     delivery = Delivery("q", job.id, b"", {}, redelivered=False, timestamp=None, tag=None)
     times: dict[str, Any] = {"claimed_s": 0.0, "submitted_s": 0.0, "deadline_s": 1.0}
     return HeldJob(envelope, delivery, "i.1", attempt=1, suspect=False, log=TokenLog(last_seq=0), **times)
+
+
+def test_a_claimed_conversation_with_tools_starts_over_as_well() -> None:
+    """What a claim stands for is known once it is redeemed, which is before anything is taken over."""
+    one = held()
+    one.redeemed = Chat(messages=HELLO, tools=TOOLS)
+    assert not one.continuable

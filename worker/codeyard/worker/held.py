@@ -164,13 +164,13 @@ class HeldJob:
 
     @property
     def continuable(self) -> bool:
-        """Whether generation can go on from tokens an earlier run left. A seed starts a generator of its own, a
-        format its grammar and a reader of calls its text from the beginning, and the log probabilities of
-        those tokens are gone: such a job starts over."""
+        """Whether generation can go on from the tokens an earlier run left, to the very character. A seed starts
+        a generator of its own, a format its grammar and a reader of calls its text from the beginning, and the
+        log probabilities of those tokens are gone: such a job starts over."""
         asked, prompt = self.job.sampling, self.redeemed or self.job.prompt
-        afresh = (asked.seed, asked.output_format, asked.logprobs)
         reads_calls = isinstance(prompt, Chat) and prompt.offers_tools
-        return not asked.stop and all(one is None for one in afresh) and not reads_calls
+        afresh = (asked.seed, asked.output_format, asked.logprobs)
+        return all(one is None for one in afresh) and not reads_calls
 
 
 @dataclass(frozen=True, slots=True)
