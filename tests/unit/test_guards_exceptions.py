@@ -37,9 +37,9 @@ CALLERS = {
     "aio_pika": RABBITMQ,
     "aiormq": RABBITMQ,
     "pamqp": RABBITMQ,
-    "pika": {"pika_publisher"},
+    "pika": {"pika_publisher", "probes"},  # probes: only asks whether a server answers
     "redis": {"redis_link", "redis_probe", "redis_wakeups"},
-    "httpx": {"demo", "jwks"},  # the demo stands for a backend service: it is nobody's adapter
+    "httpx": {"demo", "jwks", "producing"},  # demo and drill stand for a backend service: nobody's adapter
     "jwt": {"jwks", "tokens"},  # what it raises: test_auth_tokens.py
 }
 

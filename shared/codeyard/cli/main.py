@@ -1,4 +1,4 @@
-"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, dead, keys, models, doctor, simulate."""
+"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, dead, keys, models, doctor, drill, simulate."""
 
 import importlib
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "keys": ("codeyard.cli.keys", "keys"),
     "models": ("codeyard.cli.models", "models"),
     "doctor": ("codeyard.cli.doctor", "doctor"),
+    "drill": ("codeyard.cli.drill.command", "drill"),
     "simulate": ("codeyard.worker.simulation.cli", "simulate"),
 }
 

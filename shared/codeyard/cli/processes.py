@@ -1,4 +1,4 @@
-"""Gateway and worker as child processes, for the demo: started on free ports, ended with their parent."""
+"""Gateway and worker as child processes, for the demo and the drill: ended with their parent."""
 
 import asyncio
 import ctypes
@@ -23,6 +23,8 @@ class Child:
     arguments: tuple[str, ...]
     environment: dict[str, str]
     announcement: str
+    module: str = "codeyard.cli.main"
+    keeps_settings: bool = True  # False: without the CODEYARD_* of this process's environment
     process: asyncio.subprocess.Process | None = None
     ready: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
@@ -31,13 +33,13 @@ class Child:
 
     async def start(self) -> str:
         """Return what it announced. Raises FleetError with its last lines if it ended instead."""
-        self._announced = asyncio.Event()
+        self._announced, self.ready = asyncio.Event(), ""
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "codeyard.cli.main",
+            self.module,
             *self.arguments,
-            env={**os.environ, **self.environment, "PYTHONUNBUFFERED": "1"},
+            env={**self._inherited(), **self.environment, "PYTHONUNBUFFERED": "1"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -74,6 +76,11 @@ class Child:
 
     def last_lines(self) -> str:
         return "\n".join(f"  | {line}" for line in self.tail)
+
+    def _inherited(self) -> dict[str, str]:
+        return {
+            name: value for name, value in os.environ.items() if self.keeps_settings or not name.startswith("CODEYARD_")
+        }
 
     async def _ended(self) -> None:
         assert self.process is not None

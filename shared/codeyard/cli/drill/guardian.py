@@ -1,9 +1,9 @@
-"""Run one server and see to it that it does not outlive the tests.
+"""Run one server and see to it that it does not outlive who started it.
 
-    python guardian.py COMMAND...      (standard input: a pipe held open by the test process)
+    python guardian.py COMMAND...      (standard input: a pipe held open by who started it)
 
 Prints the server's process id, then waits. The server and whatever it started in its process group are
-killed when the pipe closes, which the kernel does even when the test process is killed with -9; and when
+killed when the pipe closes, which the kernel does even when that one is killed with -9; and when
 the guardian itself is killed. SIGTERM is passed on. Uses nothing but the standard library.
 """
 

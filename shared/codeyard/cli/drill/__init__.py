@@ -1,0 +1,1 @@
+"""A chaos drill: a fleet under load, faults on a seeded schedule, and an audit of every job."""
