@@ -33,6 +33,15 @@ class Yard:
     def async_client(self, **more: object) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
 
+    @contextlib.contextmanager
+    def another_gateway(self) -> Iterator[str]:
+        """A replica; yields its URL."""
+        gateway, line = _started("gateway", self.folder)
+        try:
+            yield line.split()[1]
+        finally:
+            _ended(gateway)
+
     def kill_worker(self) -> None:
         _ended(self.worker)
 

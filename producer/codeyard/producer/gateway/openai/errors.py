@@ -37,7 +37,12 @@ LIMIT_TYPES = {"requests": "requests", "jobs": "requests", "tokens": "tokens", "
 PARAMS = {"sampling.max_tokens": "max_tokens", "sampling": "max_tokens"}  # ours: a job that could never be let in
 
 # Of failed jobs: what the caller asked cannot be done, whoever tries. Others are ours.
-CALLERS_FAULT = {"prompt_too_long": "context_length_exceeded", "invalid_prompt": "invalid_prompt"}
+CALLERS_FAULT = {
+    "prompt_too_long": "context_length_exceeded",
+    "invalid_prompt": "invalid_prompt",
+    "no_chat_template": "no_chat_template",
+    "unsupported": "unsupported_parameter",
+}
 
 
 @dataclass(frozen=True, slots=True)
