@@ -54,13 +54,15 @@ class VllmTools:
 
 
 class ParserReader:
-    """One of vLLM's tool parsers on one text. One that raises is not asked again: the rest is content."""
+    """One of vLLM's tool parsers on one text. One that raises is not asked again: the rest is content, with what it
+    held back if it had found no call."""
 
     def __init__(self, parser: Any, request: Any) -> None:
         self._parser = parser
         self._request = request
         self._text = ""
         self._token_ids: list[int] = []
+        self._content = ""  # given so far
         self._known: set[int] = set()  # indices of calls that have a name
         self._broken = False
 
@@ -81,8 +83,10 @@ class ParserReader:
             # Somebody else's parser on whatever a model wrote: the reader gets the text as it is.
             log.warning("tool_parser_failed", extra={"parser": type(self._parser).__name__, "error": str(error)})
             self._broken = True
-            return Read(text)
+            no_call = not self._known and self._text.startswith(self._content)
+            return Read(self._text[len(self._content) :] if no_call else text)
         content = "".join(one.content or "" for one in said if one is not None)
+        self._content += content
         pieces = [self._piece(call) for one in said if one is not None for call in one.tool_calls or ()]
         return Read(content, tuple(piece for piece in pieces if piece is not None))
 
