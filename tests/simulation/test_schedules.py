@@ -16,6 +16,8 @@ from support.simulation.many import Report
 from support.simulation.plan import NUM_JOBS, NUM_WORKERS, draw
 from support.simulation.shrink import explain
 
+pytestmark = pytest.mark.timeout(600)  # the machine may be busy; no duration is checked
+
 LONG_SCHEDULES = 20_000
 TWICE = range(12)  # seeds run in processes that hash differently
 
@@ -49,6 +51,7 @@ def test_every_schedule_of_ci_holds(schedules: Report) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3_000)
 def test_twenty_thousand_schedules_hold(run_schedules: Callable[[range], Report]) -> None:
     report = run_schedules(range(LONG_SCHEDULES))
 

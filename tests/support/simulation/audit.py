@@ -141,7 +141,7 @@ class Audit:
         if (after := step.record) is None:
             return
         self._say("store", f"{call} {after.id[:8]}: {before.state if before else 'none'} -> {after.state}")
-        self.arrows.add(f"{before.state if before else 'none'} -> {after.state} by {call}")
+        self.arrows.add(f"{before.state if before else 'none'} -> {after.state} by {_named(call, request)}")
         again = before is None or before.incarnation != after.incarnation
         if before is not None and before.state.final and not (again and _never_published(before)):
             self.violated(after.id, f"{call} changed it after it was {before.state}")
@@ -161,7 +161,10 @@ class Audit:
         live = before.state is State.RUNNING and before.lease_until > now
         if call in WRITES_UNDER_FENCE and (request.fence != before.fence or before.state is not State.RUNNING):
             self.violated(after.id, f"{call} under the fence {request.fence[-6:]} of a former owner")
-        if after.fence != before.fence and live:
+        given_out = call == "claim" and step.outcome.verdict in (ClaimVerdict.RUN, ClaimVerdict.POISON)
+        if given_out and after.fence == before.fence:
+            self.violated(after.id, f"given out again under the fence {after.fence[-6:]}")
+        if given_out and live:
             self.violated(after.id, f"given to {after.owner} while {before.owner} has it")
         if before.state is State.RUNNING and not live and call in ("claim", "mark_queued") and not after.state.final:
             since = before.lease_until - self._timing.lease_s - SLACK_S
@@ -284,6 +287,13 @@ def prompts_of(job: JobPlan) -> list[str]:
 
 def letter_faults(plan: Plan) -> dict[int, LetterFault]:
     return {fault.nth: fault for fault in plan.faults if isinstance(fault, LetterFault)}
+
+
+def _named(call: str, request: Any) -> str:
+    """The call, and which of its two uses a release is."""
+    if call != "release":
+        return call
+    return "retry" if request.charge else "hand-back"
 
 
 def _never_published(record: Record) -> bool:

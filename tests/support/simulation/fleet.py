@@ -59,7 +59,7 @@ TIMING = Timing(lease_s=3.0, grace_s=2.0, unpublished_s=8.0, queue_check_s=5.0)
 def settings() -> Settings:
     """The fleet's: shorter where a wait would only cost time."""
     store = {"lease_s": TIMING.lease_s, "renew_s": 1.0, "grace_s": TIMING.grace_s}
-    worker = {"engine": "simulated", "stall_s": 4.0, "drain_s": 2.0}
+    worker = {"engine": "simulated", "stall_s": 4.0, "drain_s": 2.0, "hand_back_s": 5.0}
     broker = {"publish_timeout_s": 2.0}
     return load(None, {"store": store, "worker": worker, "broker": broker, "admission": {"policy": "fixed"}})
 
@@ -232,9 +232,14 @@ class Callers:
         while handle is None and num_tries < call.num_tries:
             try:
                 handle = await client.submit(
-                    prompt_of(job, other=call.how is How.OTHER_BODY), model=ALIAS, lane=asked.lane, idempotency_key=asked.key,
-                    sampling=asked.sampling, stream=asked.stream, timeout_s=asked.timeout_s,
-                )  # fmt: skip
+                    prompt_of(job, other=call.how is How.OTHER_BODY),
+                    model=ALIAS,
+                    lane=asked.lane,
+                    idempotency_key=asked.key,
+                    sampling=asked.sampling,
+                    stream=asked.stream,
+                    timeout_s=asked.timeout_s,
+                )
             except IdempotencyConflict:
                 return self._audit.conflicted(job_id, asked.digest())
             except UnknownModel:  # no worker has started yet

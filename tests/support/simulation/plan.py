@@ -189,9 +189,9 @@ CALLS = {
     "store.renew": 16,
     "store.append": 12,
     "store.commit": 10,
-    "store.release": 2,
+    "store.release": 3,
     "store.cancel": 2,
-    "store.recover": 3,
+    "store.recover": 2,
     "store.read": 12,
     "store.events": 6,
     "store.due": 20,
@@ -203,12 +203,20 @@ CALLS = {
     "broker.dead_letter": 2,
     "broker.declare": 3,
     "broker.consume": 6,
-    "broker.depth": 2,
+    "broker.depth": 1,
     "consumer.receive": 12,
     "consumer.ack": 10,
-    "consumer.requeue": 2,
+    "consumer.requeue": 1,
     DELIVER: 14,
 }
+RARE_CALLS = (
+    "consumer.requeue",
+    "broker.depth",
+    "store.recover",
+    "broker.defer",
+    "broker.dead_letter",
+    "store.release",
+)
 _WEIGHTED_KINDS = [Kind.PLAIN] * 14 + [Kind.FAILS_ONCE] * 3 + [Kind.BROKEN, Kind.REFUSED, Kind.KILLS]
 
 
@@ -313,7 +321,7 @@ def _sure_fault(chance: Random) -> Fault:
 
 
 def _call_fault(chance: Random) -> CallFault:
-    call = chance.choice(list(CALLS))
+    call = chance.choice(list(CALLS) if chance.random() < 0.7 else RARE_CALLS)
     phase = Phase.SLOW if call == DELIVER else chance.choice(list(Phase))
     return CallFault(
         call,
