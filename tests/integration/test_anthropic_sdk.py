@@ -135,6 +135,22 @@ def test_tokens_are_counted_as_the_message_counts_them(client: anthropic.Anthrop
     assert counted.input_tokens > client.messages.count_tokens(model=MODEL, messages=TURNS).input_tokens
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stop_sequence_is_named(client: anthropic.Anthropic, streaming: bool) -> None:
+    """The simulated engine's answers are words after blanks; one of them stops the same answer."""
+    asked: Any = {"model": MODEL, "max_tokens": 30, "messages": TURNS}
+    answer = words(client.messages.create(**asked))
+    word = answer.split(" ")[3]
+
+    with client.messages.stream(**asked, stop_sequences=["never", f" {word}"]) as stream:
+        stopped = stream.get_final_message() if streaming else None
+    if stopped is None:
+        stopped = client.messages.create(**asked, stop_sequences=["never", f" {word}"])
+
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", f" {word}")
+    assert words(stopped) == answer[: answer.index(f" {word}")]
+
+
 def test_the_models_are_listed_in_anthropics_form(client: anthropic.Anthropic) -> None:
     """The path is OpenAI's too; the SDK's own header says which is meant."""
     [model] = client.models.list()

@@ -315,6 +315,15 @@ def test_why_it_ended_in_anthropics_words(finish: str, tokens: int, reason: str)
     assert message["stop_reason"] == reason
 
 
+def test_the_stop_sequence_that_ended_it_is_told() -> None:
+    """Where a tool is called that comes first: the caller has to answer it."""
+    stopped = message_of(asked(), done(stop="\n\n"))
+    called = message_of(asked(), done(stop="\n\n", tool_calls=(ToolCall(id="c", name="f"),)))
+
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "\n\n")
+    assert (called["stop_reason"], called["stop_sequence"]) == ("tool_use", None)
+
+
 def test_an_empty_answer_has_no_blocks() -> None:
     """Anthropic refuses an empty text block when it is sent back."""
     assert message_of(asked(), done(text=""))["content"] == []

@@ -63,6 +63,22 @@ def test_a_stop_string_ends_the_text_before_it_and_never_shows() -> None:
     assert ids == b"a\nb\n\n"  # up to the token that completed it
 
 
+@pytest.mark.parametrize(
+    "answer, stop",
+    [(b"xabc", "b"), (b"a\n\n", "\n\n"), (b"a\0", None), (b"a\n\0", None), (b"acdefghijk", None)],
+)
+def test_the_last_delta_says_which_stop_string_it_was(answer: bytes, stop: str | None) -> None:
+    """Callers with several of them cannot tell from the text, which ends before it."""
+    completion = completion_of(stop=("\n\n", "b", "never"), max_tokens=9)
+    completion.push(tuple(answer))
+
+    last = completion.delta()
+
+    assert last is not None
+    assert last.finish_reason is not None
+    assert last.stop == stop
+
+
 def test_the_stop_string_that_is_complete_first_wins() -> None:
     """Not the one listed first: what comes must not depend on how many tokens came at once."""
     assert outcome(completion_of(stop=("abc", "b")), [b"xabc"])[0] == "xa"

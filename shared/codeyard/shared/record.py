@@ -72,6 +72,7 @@ class Result(BaseModel):
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()  # where they were asked for, one for each token
     finish_reason: str | None = None  # stop | length | tool_calls | abort, as the engine names it
+    stop: str | None = None  # the stop string that ended it, where one did
     usage: Usage = Usage()
     error: Failure | None = None
     engine: str | None = None  # which engine and version made it; "simulated" says so

@@ -51,7 +51,7 @@ async def execute(
     """Run one job to its end, its deadline, or the engine's. `adapters` are those of every revision this
     engine serves, None for its own; `on_delta` hears of every delta."""
     started_s, first_s = time.monotonic(), None
-    finish_reason, prompt_tokens = None, 0
+    finish_reason, stop, prompt_tokens = None, None, 0
     error: Exception | None = None
     try:
         prompt = await _prompt(held, blobs)
@@ -67,7 +67,7 @@ async def execute(
                     held.log.add(delta)
                     on_delta(held, delta)
                     if delta.finish_reason is not None:
-                        finish_reason, prompt_tokens = delta.finish_reason, delta.prompt_tokens
+                        finish_reason, stop, prompt_tokens = delta.finish_reason, delta.stop, delta.prompt_tokens
     except asyncio.CancelledError:
         if not held.abandoned:
             raise
@@ -83,6 +83,7 @@ async def execute(
         tool_calls=held.log.said.tool_calls,
         logprobs=tuple(held.log.said.logprobs),
         finish_reason=finish_reason,
+        stop=stop,
         usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=len(held.log.token_ids)),
         engine=engine.info.version,
         revision=held.job.revision if adapters.get(held.job.revision) else engine.info.revision,

@@ -76,6 +76,7 @@ class Completion:
         self.token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []  # not given yet
         self.finish_reason: str | None = None
+        self._stopped_by: str | None = None  # of the stop strings
         self._text = _Text(decode, prompt_ids[-CONTEXT_IDS:])
         self._unstopped = ""  # decoded but not given: a stop string may begin in it
         self._ready = ""  # text to give with the next delta
@@ -117,6 +118,7 @@ class Completion:
             finish_reason=self.finish_reason,
             prompt_tokens=self._num_prompt if ended else 0,
             logprobs=tuple(self._logprobs),
+            stop=self._stopped_by,
         )
         self._ready, self._num_given, self._logprobs = "", len(self.token_ids), []
         return delta
@@ -126,10 +128,9 @@ class Completion:
         taken = token_ids[: self.room if ended is None else min(ended + 1, self.room)]
         self.token_ids.extend(taken)
         text = self._unstopped + self._text.push(taken)
-        if (cut := _first_stop(text, self._stop)) is not None:
+        if (found := _first_stop(text, self._stop)) is not None:
             self._unstopped = ""
-            self._ready += text[:cut]
-            self.finish_reason = "stop"
+            self._end_at(found, text)
             return
         given = len(text) - may_begin(text, self._stop)
         self._ready, self._unstopped = self._ready + text[:given], text[given:]
@@ -140,10 +141,16 @@ class Completion:
 
     def _finish(self, reason: str) -> None:
         rest = self._unstopped + self._text.rest()
-        cut = _first_stop(rest, self._stop)
-        self._ready += rest[:cut]
         self._unstopped = ""
-        self.finish_reason = reason if cut is None else "stop"
+        if (found := _first_stop(rest, self._stop)) is not None:
+            self._end_at(found, rest)
+            return
+        self._ready += rest
+        self.finish_reason = reason
+
+    def _end_at(self, stop: str, text: str) -> None:
+        self._ready += text[: text.find(stop)]
+        self.finish_reason, self._stopped_by = "stop", stop
 
 
 class _Text:
@@ -178,10 +185,10 @@ class _Text:
         return text.rstrip(INCOMPLETE)
 
 
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete first (of those, the longest); None if there is none."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
+def _first_stop(text: str, stops: Sequence[str]) -> str | None:
+    """The stop string that is complete first (of those, the longest); None if there is none."""
+    found = [(at + len(stop), at, stop) for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found)[2] if found else None
 
 
 def may_begin(text: str, stops: Sequence[str]) -> int:

@@ -70,6 +70,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()  # one for each token id, where they were asked for
     content: str | None = None  # None: all of `text`
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    stop: str | None = None  # of the last: the stop string that ended it, where one did
 
 
 @dataclass(frozen=True, slots=True)

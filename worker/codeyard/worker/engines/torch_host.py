@@ -118,6 +118,7 @@ class Host:
                         "token_ids": delta.token_ids,
                         "finish_reason": delta.finish_reason,
                         "prompt_tokens": delta.prompt_tokens,
+                        "stop": delta.stop,
                         "logprobs": [one.model_dump() for one in delta.logprobs],
                     }
                 )

@@ -102,7 +102,9 @@ def tool_use(call_id: str, name: str) -> dict[str, Any]:
 
 def ending_of(asked: Asked, result: Result) -> dict[str, Any]:
     """Why it ended: the same in a message and at the end of a stream."""
-    return {"stop_reason": _stop_reason(asked, result), "stop_sequence": None, "stop_details": None}
+    reason = _stop_reason(asked, result)
+    stop = result.stop if reason == "stop_sequence" else None
+    return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None}
 
 
 def _stop_reason(asked: Asked, result: Result) -> str:
@@ -111,7 +113,7 @@ def _stop_reason(asked: Asked, result: Result) -> str:
     if result.finish_reason == "length":
         whole = result.usage.completion_tokens >= asked.sampling.max_tokens
         return "max_tokens" if whole else "model_context_window_exceeded"
-    return "end_turn"
+    return "end_turn" if result.stop is None else "stop_sequence"
 
 
 def usage_of(usage: Usage, lane: Lane) -> dict[str, Any]:

@@ -104,4 +104,4 @@ def _piece(job_id: JobId, model: str, text: str) -> dict[str, Any]:
 
 
 def _ending(result: Result) -> dict[str, Any]:
-    return {"stop_reason": "max_tokens" if result.finish_reason == "length" else "stop_sequence", "stop": None}
+    return {"stop_reason": "max_tokens" if result.finish_reason == "length" else "stop_sequence", "stop": result.stop}
