@@ -21,14 +21,17 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from codeyard.producer.async_client import AsyncClient
 from codeyard.producer.gateway.access import Access, check_mode, opened_access
 from codeyard.producer.gateway.app import Probe, create_app
+from codeyard.producer.gateway.batches.runner import run_batches
 from codeyard.producer.gateway.fallback import GuardedJobs
 from codeyard.producer.gateway.health import Breakers
 from codeyard.producer.gateway.jobs import Jobs
+from codeyard.producer.gateway.shelves import Shelves
 from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.surfaces import surfaces
+from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.waiting import unless
 from codeyard.shared.broker.port import Broker, Publisher
-from codeyard.shared.connect import open_broker, open_store
+from codeyard.shared.connect import open_broker, open_documents, open_store
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 from codeyard.shared.reconciler import Reconciled, run_reconciler
 from codeyard.shared.settings import GatewaySettings, Settings, StoreSettings
@@ -79,11 +82,17 @@ async def run_gateway(
             )
             return await stack.enter_async_context(opening)
 
+        async def shelve() -> Shelves:
+            documents = await open_documents(settings.store, client.topology)
+            stack.push_async_callback(documents.close)
+            return Shelves(await client.blobs(), documents)
+
         access = await unless(_patiently(enter), stop.wait())
-        if access is not None:
+        shelves = await unless(_patiently(shelve), stop.wait())
+        if access is not None and shelves is not None:
             jobs = GuardedJobs(client, breakers, client.store, settings.breaker, fallbacks=settings.gateway.fallbacks)
             stack.push_async_callback(jobs.close)
-            await _serve(client, jobs, metrics, settings, access, stop, on_ready, on_grpc)
+            await _serve(client, jobs, metrics, settings, access, shelves, stop, on_ready, on_grpc)
 
 
 async def _serve(
@@ -92,13 +101,14 @@ async def _serve(
     metrics: Metrics,
     everything: Settings,
     access: Access,
+    shelves: Shelves,
     stop: asyncio.Event,
     on_ready: Callable[[str], None],
     on_grpc: Callable[[str], None],
 ) -> None:
     settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
-    kit = Kit(settings, metrics, stop, client.store)
+    kit = Kit(settings, metrics, stop, client.store, shelves=shelves)
     probes: dict[str, Probe] = {"broker": broker.ping, "store": client.store.ping}
     app = create_app(
         jobs,
@@ -109,6 +119,10 @@ async def _serve(
         open_metrics=everything.auth.open_metrics,
         probes=probes,
     )
+
+    def jobs_of(tenant: str) -> TenantJobs:
+        return TenantJobs(jobs, tenant, access.limits)
+
     with listen(settings.host, settings.port) as listener:
         url = _url(listener)
 
@@ -126,6 +140,7 @@ async def _serve(
             )
             if access.key_set is not None:
                 tasks.create_task(access.key_set.run(stop), name="key set")
+            tasks.create_task(run_batches(shelves, client.store, jobs_of, settings, stop), name="batches")
             tasks.create_task(server.stop_when(stop), name="stop")
             await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})

@@ -3,7 +3,7 @@
 Called by: files.upload (to count them), batches.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 BOM = b"\xef\xbb\xbf"
@@ -55,7 +55,7 @@ class LineCutter:
         return [Line(self._number, None if too_long else raw)] if raw or too_long else []
 
 
-async def lines(pieces: AsyncIterator[bytes], *, most_bytes: int) -> AsyncIterator[Line]:
+async def lines(pieces: AsyncIterator[bytes], *, most_bytes: int) -> AsyncGenerator[Line, None]:
     cutter = LineCutter(most_bytes)
     async for piece in pieces:
         for line in cutter.feed(piece):
