@@ -153,8 +153,8 @@ class Inferring:
 
 
 def keyed(submission: Submission) -> Submission:
-    """With a key, so that sending it again is not another job."""
-    if submission.idempotency_key is not None:
+    """With a key, so that sending it again is not another job; one that is shared has that of all its equals."""
+    if submission.idempotency_key is not None or submission.share:
         return submission
     return replace(submission, idempotency_key=new_job_id())
 

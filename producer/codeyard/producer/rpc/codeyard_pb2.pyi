@@ -89,7 +89,7 @@ class SubmitResponse(_message.Message):
     def __init__(self, status: _Optional[_Union[JobStatus, _Mapping]] = ..., attached: _Optional[bool] = ..., estimated_start_s: _Optional[float] = ...) -> None: ...
 
 class Submission(_message.Message):
-    __slots__ = ("text", "token_ids", "chat", "model", "lane", "key", "sampling", "stream", "timeout_s", "metadata_json")
+    __slots__ = ("text", "token_ids", "chat", "model", "lane", "key", "sampling", "stream", "timeout_s", "metadata_json", "share", "callback_url")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,8 @@ class Submission(_message.Message):
     STREAM_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    CALLBACK_URL_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     chat: Chat
@@ -110,7 +112,9 @@ class Submission(_message.Message):
     stream: bool
     timeout_s: float
     metadata_json: str
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., model: _Optional[str] = ..., lane: _Optional[_Union[Lane, str]] = ..., key: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stream: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., metadata_json: _Optional[str] = ...) -> None: ...
+    share: bool
+    callback_url: str
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., model: _Optional[str] = ..., lane: _Optional[_Union[Lane, str]] = ..., key: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stream: _Optional[bool] = ..., timeout_s: _Optional[float] = ..., metadata_json: _Optional[str] = ..., share: _Optional[bool] = ..., callback_url: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -219,7 +223,7 @@ class GetRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("id", "state", "lane", "model", "revision", "tenant", "key", "attempt", "created_at", "started_at", "finished_at", "deadline_at", "cancel_requested", "last_seq", "result", "asked_model")
+    __slots__ = ("id", "state", "lane", "model", "revision", "tenant", "key", "attempt", "created_at", "started_at", "finished_at", "deadline_at", "cancel_requested", "last_seq", "result", "asked_model", "callback")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     LANE_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +240,7 @@ class JobStatus(_message.Message):
     LAST_SEQ_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     ASKED_MODEL_FIELD_NUMBER: _ClassVar[int]
+    CALLBACK_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: State
     lane: Lane
@@ -252,10 +257,11 @@ class JobStatus(_message.Message):
     last_seq: int
     result: Result
     asked_model: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., lane: _Optional[_Union[Lane, str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., attempt: _Optional[int] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., deadline_at: _Optional[float] = ..., cancel_requested: _Optional[bool] = ..., last_seq: _Optional[int] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., asked_model: _Optional[str] = ...) -> None: ...
+    callback: str
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[State, str]] = ..., lane: _Optional[_Union[Lane, str]] = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., tenant: _Optional[str] = ..., key: _Optional[str] = ..., attempt: _Optional[int] = ..., created_at: _Optional[float] = ..., started_at: _Optional[float] = ..., finished_at: _Optional[float] = ..., deadline_at: _Optional[float] = ..., cancel_requested: _Optional[bool] = ..., last_seq: _Optional[int] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., asked_model: _Optional[str] = ..., callback: _Optional[str] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("state", "text", "content", "tool_calls", "logprobs", "finish_reason", "usage", "error", "engine", "revision", "batch_size", "first_token_s", "generate_s")
+    __slots__ = ("state", "text", "content", "tool_calls", "logprobs", "finish_reason", "usage", "error", "engine", "revision", "batch_size", "first_token_s", "generate_s", "stop")
     STATE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +275,7 @@ class Result(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     GENERATE_S_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
     state: State
     text: str
     content: str
@@ -282,7 +289,8 @@ class Result(_message.Message):
     batch_size: int
     first_token_s: float
     generate_s: float
-    def __init__(self, state: _Optional[_Union[State, str]] = ..., text: _Optional[str] = ..., content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Failure, _Mapping]] = ..., engine: _Optional[str] = ..., revision: _Optional[str] = ..., batch_size: _Optional[int] = ..., first_token_s: _Optional[float] = ..., generate_s: _Optional[float] = ...) -> None: ...
+    stop: str
+    def __init__(self, state: _Optional[_Union[State, str]] = ..., text: _Optional[str] = ..., content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Failure, _Mapping]] = ..., engine: _Optional[str] = ..., revision: _Optional[str] = ..., batch_size: _Optional[int] = ..., first_token_s: _Optional[float] = ..., generate_s: _Optional[float] = ..., stop: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens")

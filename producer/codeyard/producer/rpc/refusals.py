@@ -13,6 +13,7 @@ import grpc
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.shared.errors import (
     AuthUnavailable,
+    BlobMissing,
     BrokerUnavailable,
     DeadlineTooSoon,
     FleetError,
@@ -21,9 +22,12 @@ from codeyard.shared.errors import (
     InvalidJob,
     JobNotFound,
     JobTooLarge,
+    ModelUnavailable,
     QueueFull,
     QuotaExceeded,
     RateLimited,
+    RolloutRefused,
+    StorageQuotaExceeded,
     StoreUnavailable,
     Unauthorized,
     UnknownModel,
@@ -40,6 +44,7 @@ CODES: Mapping[int, grpc.StatusCode] = {  # of HTTP statuses
     405: Code.UNIMPLEMENTED,
     408: Code.DEADLINE_EXCEEDED,
     409: Code.ALREADY_EXISTS,
+    410: Code.NOT_FOUND,
     413: Code.INVALID_ARGUMENT,  # RESOURCE_EXHAUSTED would ask for another try
     415: Code.INVALID_ARGUMENT,
     422: Code.INVALID_ARGUMENT,
@@ -49,6 +54,7 @@ CODES: Mapping[int, grpc.StatusCode] = {  # of HTTP statuses
 }
 CODE_OF_KIND: Mapping[str, grpc.StatusCode] = {  # where the HTTP status says less
     "rollout-refused": Code.FAILED_PRECONDITION,
+    "storage-full": Code.RESOURCE_EXHAUSTED,
 }
 
 ERROR_OF_KIND: Mapping[str, type[FleetError]] = {
@@ -67,6 +73,10 @@ ERROR_OF_KIND: Mapping[str, type[FleetError]] = {
     "broker-unavailable": BrokerUnavailable,
     "store-unavailable": StoreUnavailable,
     "auth-unavailable": AuthUnavailable,
+    "model-unavailable": ModelUnavailable,
+    "storage-full": StorageQuotaExceeded,
+    "gone": BlobMissing,
+    "rollout-refused": RolloutRefused,
 }
 
 KIND, RETRY_AFTER = "codeyard-kind", "retry-after"
@@ -138,11 +148,12 @@ _ATTRIBUTES: Mapping[type[FleetError], tuple[str, ...]] = {
     JobNotFound: ("job_id",),
     IdempotencyConflict: ("job_id",),
     QueueFull: ("retry_after_s",),
+    ModelUnavailable: ("retry_after_s",),
     DeadlineTooSoon: ("estimated_start_s", "retry_after_s"),
     RateLimited: ("limit", "retry_after_s", "standing"),
     QuotaExceeded: ("limit", "retry_after_s", "standing"),
-    BrokerUnavailable: ("job_id", "maybe_accepted"),
-    StoreUnavailable: ("job_id", "maybe_accepted"),
+    BrokerUnavailable: ("job_id", "maybe_accepted", "retry_after_s"),
+    StoreUnavailable: ("job_id", "maybe_accepted", "retry_after_s"),
 }
 
 

@@ -48,6 +48,7 @@ def status_message(status: JobStatus) -> pb.JobStatus:
         last_seq=status.last_seq,
         result=result_message(status.result) if status.result is not None else None,
         asked_model=status.asked_model,
+        callback=status.callback,
     )
 
 
@@ -60,6 +61,7 @@ def result_message(result: Result, *, streamed: bool = False) -> pb.Result:
         tool_calls=[pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in result.tool_calls],
         logprobs=() if streamed else logprob_messages(result.logprobs),
         finish_reason=result.finish_reason,
+        stop=result.stop,
         usage=pb.Usage(prompt_tokens=result.usage.prompt_tokens, completion_tokens=result.usage.completion_tokens),
         error=pb.Failure(code=result.error.code, message=result.error.message) if result.error is not None else None,
         engine=result.engine,
@@ -111,7 +113,7 @@ def status_of(message: pb.JobStatus) -> JobStatus:
         key=message.key,
         attempt=message.attempt,
         created_at=message.created_at,
-        **_given(message, "started_at", "finished_at", "asked_model"),
+        **_given(message, "started_at", "finished_at", "asked_model", "callback"),
         deadline_at=message.deadline_at,
         cancel_requested=message.cancel_requested,
         last_seq=message.last_seq,
@@ -129,7 +131,8 @@ def result_of(message: pb.Result) -> Result:
         usage=Usage(prompt_tokens=message.usage.prompt_tokens, completion_tokens=message.usage.completion_tokens),
         error=Failure(code=message.error.code, message=message.error.message) if failed else None,
         **_given(
-            message, "content", "finish_reason", "engine", "revision", "batch_size", "first_token_s", "generate_s"
+            message,
+            *("content", "finish_reason", "stop", "engine", "revision", "batch_size", "first_token_s", "generate_s"),
         ),
     )
 
