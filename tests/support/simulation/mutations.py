@@ -22,17 +22,21 @@ from codeyard.shared.store.port import (
     ClaimVerdict,
     Committed,
     CommitVerdict,
+    Release,
+    ReleaseVerdict,
     Renewal,
     Renewed,
     Reservation,
     Reserved,
     ReserveVerdict,
+    Store,
     Timing,
 )
 from codeyard.shared.store.transitions import Step
 from codeyard.worker.execution import Attempt, execute
 from codeyard.worker.held import Finished, HeldJob, Retry, TokenLog
 from codeyard.worker.leases import LeaseKeeper
+from codeyard.worker.patience import persist
 from codeyard.worker.settler import Settler
 from support.simulation import world
 from support.simulation.plan import draw
@@ -237,6 +241,39 @@ def _adopted_delivery_forgotten() -> AbstractContextManager[object]:
     return patch.object(Settler, "adopt", broken)
 
 
+def _retry_published_first() -> AbstractContextManager[object]:
+    """Found second: a copy that came before the job waited for it was acked as a duplicate."""
+    original = Settler._retry
+
+    async def broken(self: Settler, endings: Sequence[Retry]) -> None:
+        store, publish = self._store, self._publish_all
+        late = _LateRelease(store)
+
+        async def then_release(*args: Any) -> None:
+            await publish(*args)
+            await persist(lambda: store.release(late.group))
+
+        with patch.object(self, "_store", late), patch.object(self, "_publish_all", then_release):
+            await original(self, endings)
+
+    return patch.object(Settler, "_retry", broken)
+
+
+class _LateRelease:
+    """A store that only notes what is to be released."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.group: Sequence[Release] = ()
+
+    async def release(self, group: Sequence[Release]) -> list[ReleaseVerdict]:
+        self.group = group
+        return [ReleaseVerdict.RELEASED] * len(group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
 def _leases_not_renewed() -> AbstractContextManager[object]:
     return patch.object(LeaseKeeper, "hold", lambda self, job_id, fence: None)
 
@@ -287,4 +324,5 @@ MUTATIONS = (
     Mutation("failed without a dead letter", _failure_without_dead_letter),
     Mutation("a restart is not told to readers", _restart_not_told),
     Mutation("an adopted delivery is forgotten", _adopted_delivery_forgotten),
+    Mutation("a retry's copy is published before the job waits for it", _retry_published_first),
 )

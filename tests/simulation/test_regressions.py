@@ -1,0 +1,40 @@
+"""What the simulation has found in our own code: the shortest plan of each, kept.
+
+A plan is written out, not a seed: what a seed draws may change, what once went wrong may not come back.
+"""
+
+import pytest
+from support.simulation import world
+from support.simulation.mutations import MUTATIONS
+from support.simulation.plan import Call, JobPlan, Kind, LetterFault, Plan
+from support.simulation.wire import CallFault, Phase
+
+TAKEN_TWICE = Plan(
+    seed=163,
+    jobs=(JobPlan(0, (Call(client=0, at_s=1.0),), num_tokens=4, step_s=1.0),),
+    faults=(LetterFault("copied", nth=1, after_s=0.1),),
+    num_workers=1,
+)
+SLOW_RELEASE = Plan(
+    seed=103,
+    jobs=(JobPlan(0, (Call(client=0, at_s=1.0),), kind=Kind.FAILS_ONCE),),
+    faults=(CallFault("store.release", nth=1, phase=Phase.SLOW, told_s=4.0),),
+)
+FOUND = {
+    "an adopted delivery is forgotten": TAKEN_TWICE,
+    "a retry's copy is published before the job waits for it": SLOW_RELEASE,
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_does_not_come_back(name: str) -> None:
+    assert not world.run(FOUND[name]).violations
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_plan_still_shows_the_mistake(name: str) -> None:
+    """Else the plan guards nothing."""
+    [mutation] = [one for one in MUTATIONS if one.name == name]
+
+    with mutation.apply():
+        assert world.run(FOUND[name]).violations
