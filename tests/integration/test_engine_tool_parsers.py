@@ -41,7 +41,6 @@ WRITTEN = {
     "hermes": (f'I look.\n<tool_call>\n{{"name": "look", "arguments": {SAID}}}\n</tool_call>', "I look."),
     "llama3_json": (f'{{"name": "look", "parameters": {SAID}}}', ""),
     "pythonic": ('[look(path="src/a b.py", lines=[1, 2], deep=True)]', ""),
-    "internlm": (f'I look.<|action_start|><|plugin|>{{"name": "look", "parameters": {SAID}}}<|action_end|>', "I look."),
     "qwen3_coder": (
         "I look.\n<tool_call>\n<function=look>\n<parameter=path>\nsrc/a b.py\n</parameter>\n<parameter=lines>\n[1, 2]\n"
         "</parameter>\n<parameter=deep>\ntrue\n</parameter>\n</function>\n</tool_call>",
@@ -56,7 +55,7 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     own = AutoTokenizer.from_pretrained(starter_directory(), local_files_only=True)
-    marks = ["<|python_tag|>", "<|action_start|>", "<|action_end|>", "<tool_call>", "</tool_call>"]
+    marks = ["<|python_tag|>", "<tool_call>", "</tool_call>"]
     own.add_special_tokens({"additional_special_tokens": marks})
     return own
 

@@ -52,7 +52,7 @@ class VllmEngine:
         held: "_Held",
         reaper: Reaper,
     ) -> None:
-        from vllm.exceptions import VLLMClientError
+        from vllm import exceptions
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -65,7 +65,7 @@ class VllmEngine:
         self._reaper = reaper
         self._lora = LoRARequest
         self._dead_error = EngineDeadError
-        self._client_error = VLLMClientError
+        self._client_error: type[Exception] = getattr(exceptions, "VLLMClientError", ValueError)  # 0.25.1: ValueErrors
         self._device: str = llm.vllm_config.device_config.device_type
         self._vocabulary: int = llm.model_config.get_vocab_size()
         self._ends = _end_ids(llm)
