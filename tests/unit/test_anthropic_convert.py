@@ -238,7 +238,9 @@ def test_a_parameter_that_cannot_be_honoured_is_refused_by_its_name(fields: Any,
     assert (refused.value.kind, refused.value.members["field"]) == ("invalid-job", field)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b'{"model":"\xff"}', b"[" * 5_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b'{"model":"\xff"}', b'{"model":"\\ud800"}', b"[" * 5_000]
+)
 def test_what_is_no_object_is_refused(body: bytes) -> None:
     """Whatever comes."""
     with pytest.raises(Refused):
