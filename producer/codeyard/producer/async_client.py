@@ -131,6 +131,7 @@ class AsyncClient:
         tenant: str | None = None,
         traceparent: str | None = None,
         job_id: JobId | None = None,
+        callback_url: str | None = None,
         asked_model: str | None = None,
     ) -> "AsyncJob":
         """Return once the job is accepted: at the broker, confirmed. The same key and body attach to the
@@ -150,6 +151,7 @@ class AsyncClient:
             share=share,
             traceparent=traceparent,
             job_id=job_id,
+            callback_url=callback_url,
             asked_model=asked_model,
         )
         outcome = await _opened(self._submitter).submit(submission)

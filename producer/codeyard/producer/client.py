@@ -81,6 +81,7 @@ class Client:
         stream: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         metadata: Mapping[str, Any] | None = None,
+        callback_url: str | None = None,
         share: bool = False,
     ) -> "Job":
         """Return once the job is accepted. Errors as AsyncClient.submit."""
@@ -95,6 +96,7 @@ class Client:
                 stream=stream,
                 timeout_s=timeout_s,
                 metadata=metadata,
+                callback_url=callback_url,
                 share=share,
             ),
             self._timeout_s,

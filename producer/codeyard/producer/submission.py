@@ -70,6 +70,7 @@ class Submission:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str | None = None
     asked_model: str | None = None  # what the caller named, where `model` stands in for it
+    callback_url: str | None = None  # told the job's end by a gateway, if its settings allow the host
     share: bool = False  # equal jobs without a key of their own are one; see docs/claim-checks.md
     job_id: JobId | None = None  # of a submission without a key, where it must be known before; otherwise a new one
 
@@ -318,6 +319,7 @@ def _job(asked: Submission, alias: Alias) -> Job:
         timeout_s=asked.timeout_s,
         metadata=dict(asked.metadata),
         asked_model=asked.asked_model,
+        callback_url=asked.callback_url,
     )
 
 

@@ -6,6 +6,7 @@ their group as an argument and never read the environment. `load()` raises Setti
 variable, the value (unless secret) and what was expected.
 """
 
+import base64
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,8 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -51,6 +54,11 @@ MIN_SECRET_BYTES = 32  # RFC 7518, 3.2: an HMAC key is at least as long as its h
 
 Tenant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@|/+-]{0,127}$")]
 """As a credential may name one: safe in keys of the store, headers and log lines."""
+
+
+HostPattern = Annotated[
+    str, Field(pattern=r"^((\*\.)?[a-z0-9_]([a-z0-9._-]{0,252}[a-z0-9_])?|\[[0-9a-f:.]{2,45}\])(:[0-9]{1,5})?$")
+]
 
 
 def _share_or_size(given: object) -> object:
@@ -149,6 +157,61 @@ class BreakerSettings(_Group):
     probe_s: PositiveFloat = 10.0  # a probe without an outcome for this long is followed by another
     refuse_unserved: tuple[Lane, ...] = (Lane.INTERACTIVE,)  # in the other lanes jobs wait for a worker to come
     unserved_s: Annotated[float, Field(ge=0)] = 10.0  # no worker for this long: longer than a restart takes to be told
+
+
+class WebhookSettings(_Group):
+    """Callers told of their jobs' ends: docs/webhooks.md. Off as long as no host is allowed."""
+
+    allowed_hosts: tuple[
+        HostPattern, ...
+    ] = ()  # example.com, *.example.com, example.com:8443; no port: the default one
+    allow_http: bool = False  # in the clear; for receivers in the same network
+    private_networks: tuple[
+        IPvAnyNetwork, ...
+    ] = ()  # addresses that are not public and may be connected to all the same
+    secret: SecretStr | None = (
+        None  # whsec_ and base64 of 24 to 64 bytes; two with a blank between while one is changed
+    )
+    secrets: dict[Tenant, SecretStr] = Field(default_factory=dict)  # of single tenants, in its place
+    timeout_s: PositiveFloat = 10.0  # for one request, names and connection included
+    delays_s: tuple[NonNegativeFloat, ...] = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0)  # after each failure;
+    # then it is given up: 17.5 h, within which the record is still there
+    in_flight: PositiveInt = 16  # requests at once
+
+    @field_validator("secret", "secrets")
+    @classmethod
+    def _are_keys(cls, given: SecretStr | dict[str, SecretStr] | None) -> SecretStr | dict[str, SecretStr] | None:
+        for secret in given.values() if isinstance(given, dict) else [given] if given else []:
+            if not _webhook_keys(secret):
+                raise ValueError("whsec_ and the base64 of 24 to 64 bytes: `openssl rand -base64 32` makes a good one")
+        return given
+
+    @model_validator(mode="after")
+    def _can_be_signed(self) -> Self:
+        if self.allowed_hosts and not (self.secret or self.secrets):
+            raise ValueError(
+                "CODEYARD_WEBHOOK_SECRET must be set: without a signature anybody can tell receivers anything"
+            )
+        return self
+
+    def keys_of(self, tenant: str) -> list[bytes]:
+        """To sign with, the newest first; empty if there is none for this tenant."""
+        secret = self.secrets.get(tenant, self.secret)
+        return _webhook_keys(secret) if secret else []
+
+
+def _webhook_keys(secret: SecretStr) -> list[bytes]:
+    """Empty if it is not as it should be."""
+    keys = []
+    for one in secret.get_secret_value().split():
+        try:
+            key = base64.b64decode(one.removeprefix("whsec_"), validate=True) if one.startswith("whsec_") else b""
+        except ValueError:
+            return []
+        if not 24 <= len(key) <= 64:
+            return []
+        keys.append(key)
+    return keys
 
 
 class AuthSettings(_Group):
@@ -367,6 +430,7 @@ class Settings(BaseSettings):
     store: StoreSettings = Field(default_factory=StoreSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
+    webhook: WebhookSettings = Field(default_factory=WebhookSettings)
     auth: AuthSettings = Field(default_factory=AuthSettings)
     limit: LimitSettings = Field(default_factory=LimitSettings)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
@@ -446,13 +510,16 @@ def _explain(error: ValidationError, inside: str = "") -> str:
         if not names:  # of the whole, as checked by a validator of ours
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
-        if item["type"] == "value_error" and names == ["auth"]:  # of a whole group; its input holds secrets
+        if item["type"] == "value_error" and names in (
+            ["auth"],
+            ["webhook"],
+        ):  # of a whole group; its input holds secrets
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
         variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
         # A name we do not know may be a misspelt URL or key; a whole group may hold one.
         hides = item["type"] == "extra_forbidden" or isinstance(item["input"], dict)
-        secret = names[-1] == "url" or names[0] == "auth" or hides
+        secret = names[-1] == "url" or names[0] == "auth" or "secret" in "".join(names) or hides
         value = "" if secret else f" (got {item['input']!r:.80})"
         lines.append(f"{variable}: {item['msg']}{value}")
     return "; ".join(lines)

@@ -191,6 +191,11 @@ class Metrics:
             "Circuit breakers: 0 closed, 1 half-open, 2 open. kind: store, broker, model.",
             "kind model",
         )
+        self.webhooks = self._counter(
+            "codeyard_webhooks_total",
+            "Deliveries of callbacks this gateway made. outcome: delivered, again (to be tried again), given_up.",
+            "outcome",
+        )
 
     def _worker(self) -> None:
         self.jobs = self._counter(

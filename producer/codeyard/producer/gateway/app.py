@@ -135,6 +135,8 @@ class _Native:
             key = requests.idempotency_key(request.headers)
             asked = await requests.read_submission(request, jobs.body_bytes(self._settings.max_body_bytes))
             lane = asked.lane.value
+            if asked.callback_url is not None:
+                self._kit.callbacks.check(asked.callback_url, jobs.tenant)
             submitted = await jobs.submit(
                 asked.prompt,
                 model=asked.model,
@@ -145,6 +147,7 @@ class _Native:
                 timeout_s=asked.timeout_s,
                 metadata=asked.metadata,
                 traceparent=requests.traceparent(request.headers),
+                callback_url=asked.callback_url,
                 share=asked.share,
             )
         except (Refused, FleetError) as error:

@@ -92,6 +92,7 @@ class GuardedJobs:
         traceparent: str | None,
         tenant: str,
         job_id: JobId,
+        callback_url: str | None = None,
         asked_model: str | None = None,
     ) -> AcceptedJob:
         """Raises what `Jobs.submit` raises, and ModelUnavailable."""
@@ -118,6 +119,7 @@ class GuardedJobs:
                 traceparent=traceparent,
                 tenant=tenant,
                 job_id=job_id,
+                callback_url=callback_url,
                 asked_model=asked_model if taken.model == model else model,
             )
         finally:

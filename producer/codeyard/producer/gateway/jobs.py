@@ -44,6 +44,7 @@ class Jobs(Protocol):
         traceparent: str | None,
         tenant: str,
         job_id: JobId,
+        callback_url: str | None = None,
         asked_model: str | None = None,
     ) -> AcceptedJob:
         """`job_id`: the one that the key, or its lack, leads to; limits have counted it already. `asked_model`:

@@ -143,6 +143,8 @@ _MEANINGS = {
         "deadline_at": "Not final by then, it expires.",
         "cancel_requested": "A worker has it and will stop.",
         "last_seq": "Sequence number of its newest event.",
+        "asked_model": "What you named, where `model` stood in for it.",
+        "callback": "Where the delivery to its `callback_url` is.",
         "result": "Once it is final.",
     },
     "Result": {

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from codeyard.producer.gateway.problems import Refused
 from codeyard.shared.errors import JobNotFound
-from codeyard.shared.job import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, JobId, Lane, Name, Prompt, Sampling
+from codeyard.shared.job import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, CallbackUrl, JobId, Lane, Name, Prompt, Sampling
 
 BODY_S = 30.0  # for a whole body to arrive
 DISCARD_S = 2.0  # an over-long body is read on for so long, and to so many times the limit, ...
@@ -60,6 +60,9 @@ class SubmitBody(BaseModel):
     timeout_s: Annotated[
         float, Field(gt=0, le=MAX_TIMEOUT_S, description="The job expires if it is not final in so many seconds.")
     ] = DEFAULT_TIMEOUT_S
+    callback_url: Annotated[
+        CallbackUrl | None, Field(description="Told the job's end, signed; see docs/webhooks.md.")
+    ] = None
     metadata: Annotated[
         dict[str, Any], AfterValidator(_is_json), Field(description="Yours, up to 8 KiB; kept with the job.")
     ] = Field(default_factory=dict)

@@ -30,6 +30,9 @@ from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.surfaces import surfaces
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.waiting import unless
+from codeyard.producer.webhooks.delivery import Deliverer
+from codeyard.producer.webhooks.policy import Policy
+from codeyard.producer.webhooks.sending import Sender
 from codeyard.shared.broker.port import Broker, Publisher
 from codeyard.shared.connect import open_broker, open_documents, open_store
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
@@ -108,7 +111,8 @@ async def _serve(
 ) -> None:
     settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
-    kit = Kit(settings, metrics, stop, client.store, shelves=shelves)
+    policy = Policy(everything.webhook)
+    kit = Kit(settings, metrics, stop, client.store, callbacks=policy, shelves=shelves)
     probes: dict[str, Probe] = {"broker": broker.ping, "store": client.store.ping}
     app = create_app(
         jobs,
@@ -138,6 +142,10 @@ async def _serve(
                 run_reconciler(broker, client.store, client.topology, stop, on_done=_counted(metrics)),
                 name="reconciler",
             )
+            if everything.webhook.allowed_hosts:
+                sender = Sender(policy, timeout_s=everything.webhook.timeout_s)
+                deliverer = Deliverer(client.store, everything.webhook, sender, metrics)
+                tasks.create_task(deliverer.run(stop), name="webhooks")
             if access.key_set is not None:
                 tasks.create_task(access.key_set.run(stop), name="key set")
             tasks.create_task(run_batches(shelves, client.store, jobs_of, settings, stop), name="batches")

@@ -18,14 +18,16 @@ from codeyard.producer.gateway.shelves import Shelves
 from codeyard.producer.gateway.sse import HEARTBEAT_S, EventStream
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.producer.gateway.waiting import hung_up, unless
+from codeyard.producer.webhooks.policy import Policy
 from codeyard.shared.access.keys import Scope
 from codeyard.shared.errors import FleetError, ResultTimeout
 from codeyard.shared.job import JobId
 from codeyard.shared.record import JobStatus
-from codeyard.shared.settings import GatewaySettings
+from codeyard.shared.settings import GatewaySettings, WebhookSettings
 from codeyard.shared.store.port import Store
 from codeyard.shared.telemetry import Metrics
 
+NO_CALLBACKS = Policy(WebhookSettings())
 TenantHandler = Callable[[Request, TenantJobs], Awaitable[Response]]
 
 
@@ -54,6 +56,7 @@ class Kit:
     stopping: asyncio.Event
     store: Store
     heartbeat_s: float = HEARTBEAT_S
+    callbacks: Policy = NO_CALLBACKS
     shelves: Shelves | None = None  # None: no files and no batches
 
     async def final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:

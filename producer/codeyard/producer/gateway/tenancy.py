@@ -60,6 +60,7 @@ class TenantJobs:
         metadata: Mapping[str, Any],
         traceparent: str | None,
         share: bool = False,
+        callback_url: str | None = None,
     ) -> Submitted:
         """`share`: without a key, equal deterministic jobs are one. Raises what `Jobs.submit` and `Limits.admit`
         raise."""
@@ -81,6 +82,7 @@ class TenantJobs:
                 traceparent=traceparent,
                 tenant=self._tenant,
                 job_id=job_id,
+                callback_url=callback_url,
             )
         except FleetError as error:
             if not getattr(error, "maybe_accepted", False):
