@@ -17,7 +17,19 @@ from codeyard.shared.telemetry import Metrics
 ROOT = Path(__file__).parents[2]
 ROOTS = [ROOT / name for name in ("shared", "producer", "worker")]
 TESTS = ROOT / "tests"
-HEAVY = {"torch", "transformers", "vllm", "fastapi", "starlette", "uvicorn", "grpc", "numpy", "matplotlib", "locust"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "vllm",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "grpc",
+    "google",
+    "numpy",
+    "matplotlib",
+    "locust",
+}
 LABELS = {"kind", "lane", "model", "outcome", "reason", "route", "status", "tier", "to"}
 
 # Who may know whom. The commands put all of it together.
@@ -90,6 +102,7 @@ def test_every_package_ships_its_types() -> None:
     "statement",
     [
         "import codeyard.producer",
+        "import codeyard.producer.rpc",
         "from codeyard.producer import Client, AsyncClient",
         "import codeyard.cli.main, codeyard.cli.jobs",
         "import codeyard.shared.connect, codeyard.shared.settings",

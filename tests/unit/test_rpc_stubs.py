@@ -98,3 +98,12 @@ def test_the_client_needs_no_web_framework(module: str) -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 
     assert not {"fastapi", "starlette", "uvicorn", "httpx", "jwt"} & set(loaded.stdout.split())
+
+
+def test_a_gateway_without_grpc_loads_none_of_it() -> None:
+    """It is an extra, and half a second."""
+    code = "import codeyard.producer.gateway.serve, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert not {"grpc", "google", "grpc_health", "grpc_reflection"} & set(loaded.stdout.split())
