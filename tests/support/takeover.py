@@ -5,7 +5,7 @@ in the store is lost."""
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from codeyard.shared.broker.port import Delivery
 from codeyard.shared.envelope import Envelope
@@ -25,8 +25,9 @@ class Taken:
     """One job's way through several workers. `kills`: after so many deltas of each run the worker dies; the run
     after the last one is left alone. `flush`: events are in the store after every so many deltas."""
 
-    def __init__(self, job: Job, *, flush: int = 1) -> None:
+    def __init__(self, job: Job, *, flush: int = 1, save_tokens: int = 1_000_000) -> None:
         self._job = job
+        self._save_tokens = save_tokens
         self._flush = flush
         self.events: list[Event] = []
         self.num_deltas = 0  # of all runs
@@ -63,8 +64,8 @@ class Taken:
 
         held = _held(self._job, self.events[-1].seq if self.events else 0)
         store = cast(Store, _Events(self.events))
-        adapters = {self._job.revision: None}
-        attempt = await execute(held, engine, store, None, adapters=adapters, batch_size=1, on_delta=on_delta)
+        options: dict[str, Any] = {"adapters": {self._job.revision: None}, "batch_size": 1, "on_delta": on_delta}
+        attempt = await execute(held, engine, store, None, save_tokens=self._save_tokens, **options)
         self._write(held)
         return attempt
 
@@ -87,5 +88,7 @@ class _Events:
 def _held(job: Job, last_seq: int) -> HeldJob:
     envelope = Envelope(job, job.digest(), "p1", "i", deadline_at=None, published_at=None, traceparent=None)
     delivery = Delivery("q", job.id, b"", {}, redelivered=False, timestamp=None, tag=None)
-    claimed = Claimed(ClaimVerdict.RUN, "i.1", attempt=1, last_seq=last_seq, suspect=False, waited_s=0.0, deadline_in_s=1e9)
+    claimed = Claimed(
+        ClaimVerdict.RUN, "i.1", attempt=1, last_seq=last_seq, suspect=False, waited_s=0.0, deadline_in_s=1e9
+    )
     return HeldJob.of(envelope, delivery, claimed, 0.0)

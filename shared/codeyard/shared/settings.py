@@ -313,6 +313,7 @@ class WorkerSettings(_Group):
     stall_s: PositiveFloat = 60.0  # no token from a running engine for this long: abort, then restart it
     drain_s: PositiveFloat = 30.0  # SIGTERM: running jobs may finish within this
     flush_s: PositiveFloat = 0.2  # streamed tokens are written to the store this often; the first one at once
+    save_tokens: PositiveInt = 512  # a job that does not stream is saved every so many, for who may take it over
     settle_group: PositiveInt = 256  # results per round trip, at most
     hand_back_s: PositiveFloat = 300.0  # look-ahead older than this goes back (RabbitMQ's ack timeout is 30 min)
     metrics_port: Annotated[int, Field(ge=0, le=65_535)] | None = None  # None: no metrics server

@@ -46,10 +46,12 @@ async def execute(
     *,
     adapters: Mapping[str, Adapter | None],
     batch_size: int,
+    save_tokens: int,
     on_delta: Callable[[HeldJob, Delta], None],
 ) -> Attempt:
     """Run one job to its end, its deadline, or the engine's. `adapters` are those of every revision this
-    engine serves, None for its own; `on_delta` hears of every delta."""
+    engine serves, None for its own; `on_delta` hears of every delta. A job that may grow longer than
+    `save_tokens` comes in deltas even if it does not stream, so that another worker can go on with it."""
     started_s, first_s = time.monotonic(), None
     finish_reason, stop, prompt_tokens = None, None, 0
     error: Exception | None = None
@@ -57,7 +59,9 @@ async def execute(
         prompt = await _prompt(held, blobs)
         await _prepare(held, store, alone=held.suspect and batch_size == 1)
         async with asyncio.timeout(held.deadline_s - time.monotonic()):
-            deltas = cast(AsyncGenerator[Delta, None], engine.generate(_engine_job(held, prompt, adapters)))
+            deltas = cast(
+                AsyncGenerator[Delta, None], engine.generate(_engine_job(held, prompt, adapters, save_tokens))
+            )
             async with aclosing(deltas):
                 async for delta in deltas:
                     if delta.token_ids and first_s is None:
@@ -168,7 +172,7 @@ async def _prompt(held: HeldJob, blobs: BlobStore | None) -> Prompt:
     return held.redeemed
 
 
-def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | None]) -> EngineJob:
+def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | None], save_tokens: int) -> EngineJob:
     """Raises JobRejected for a revision whose weights are not here: another's answer would be a wrong one."""
     job = held.job
     if job.revision not in adapters:
@@ -178,7 +182,7 @@ def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | 
         prompt=prompt,
         sampling=job.sampling,
         lane=job.lane,
-        stream=job.stream,
+        stream=job.stream or (held.continuable and job.sampling.max_tokens > save_tokens),
         prefix_token_ids=tuple(held.log.token_ids),
         adapter=adapters[job.revision],
     )

@@ -74,6 +74,11 @@ class TokenLog:
     def token_ids(self) -> list[int]:
         return self.said.token_ids
 
+    @property
+    def num_new(self) -> int:
+        """Tokens that no event holds yet."""
+        return len(self._news.token_ids)
+
     def add(self, delta: Delta) -> None:
         self.said.add(delta)
         self._news.add(delta)

@@ -172,6 +172,7 @@ class Line:
             max_attempts=worker.max_attempts,
             stall_s=worker.stall_s,
             hand_back_s=worker.hand_back_s,
+            save_tokens=worker.save_tokens,
             blobs=plant.blobs,
         )
         intake = self._intake = Intake(

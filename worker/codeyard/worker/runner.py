@@ -63,6 +63,7 @@ class Runner:
         max_attempts: int,
         stall_s: float,
         hand_back_s: float,
+        save_tokens: int,
         blobs: BlobStore | None = None,
     ) -> None:
         self._lease = lease
@@ -79,6 +80,7 @@ class Runner:
         self._max_attempts = max_attempts
         self._stall_s = stall_s
         self._hand_back_s = hand_back_s
+        self._save_tokens = save_tokens
         self.drain_rate = DrainRate()
         self.window_factor = 1.0  # of the scheduler's window: less while memory is short
         self._waiting: dict[JobId, HeldJob] = {}
@@ -200,6 +202,7 @@ class Runner:
             self._blobs,
             adapters=self._adapters,
             batch_size=batch_size,
+            save_tokens=self._save_tokens,
             on_delta=self._on_delta,
         )
         del self._running[held.id], self._job_tasks[held.id]
@@ -225,7 +228,8 @@ class Runner:
         self._moved_s = time.monotonic()
         if delta.token_ids:
             self._scheduler.progressed(held.id, len(delta.token_ids), self._moved_s)
-        if held.job.stream and delta.finish_reason is None:
+        news = held.job.stream or held.log.num_new >= self._save_tokens
+        if news and delta.finish_reason is None:
             self._writer.touch(held)
 
     # Stopping jobs ---------------------------------------------------------------------------------
