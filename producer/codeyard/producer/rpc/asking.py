@@ -54,6 +54,8 @@ def message_of(asked: Submission) -> pb.Submission:
             stream=asked.stream,
             timeout_s=asked.timeout_s,
             metadata_json=_json_text(asked.metadata) if asked.metadata else "",
+            share=asked.share,
+            callback_url=asked.callback_url,
         )
         if isinstance(asked.prompt, Chat):
             message.chat.CopyFrom(_chat_message(asked.prompt))
@@ -124,6 +126,10 @@ def fields_of(message: pb.Submission) -> dict[str, Any]:
         fields["sampling"] = _sampling(message.sampling)
     if message.HasField("timeout_s"):
         fields["timeout_s"] = message.timeout_s
+    if message.share:
+        fields["share"] = True
+    if message.HasField("callback_url"):
+        fields["callback_url"] = message.callback_url
     if message.metadata_json:
         fields["metadata"] = _json_object(message.metadata_json, "metadata_json")
     return fields

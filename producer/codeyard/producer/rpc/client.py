@@ -87,6 +87,8 @@ class RpcClient:
         stream: bool = False,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         metadata: Mapping[str, Any] | None = None,
+        share: bool = False,
+        callback_url: str | None = None,
     ) -> RpcJob:
         """Return once the job is accepted. Raises IdempotencyConflict, QueueFull, DeadlineTooSoon, RateLimited,
         QuotaExceeded, UnknownModel, InvalidJob, Unauthorized, Forbidden, and after `timeout_s` of further tries
@@ -100,6 +102,8 @@ class RpcClient:
             stream=stream,
             timeout_s=timeout_s,
             metadata=metadata or {},
+            share=share,
+            callback_url=callback_url,
         )
         request = pb.SubmitRequest(submission=asking.message_of(keyed(submission)))
         answer = await self._link.call(self._link.stub.Submit, request, timeout_s=self._timeout_s)

@@ -109,6 +109,8 @@ class Fleet(FleetServicer):
                 raise Refused("too-large", f"the submission is over the limit of {most} bytes", field="submission")
             asked, key = _asked(message)
             lane = asked.lane.value
+            if asked.callback_url is not None:
+                self._kit.callbacks.check(asked.callback_url, jobs.tenant)
             submitted = await jobs.submit(
                 asked.prompt,
                 model=asked.model,
@@ -119,6 +121,8 @@ class Fleet(FleetServicer):
                 timeout_s=asked.timeout_s,
                 metadata=asked.metadata,
                 traceparent=requests.trace_of(next(iter(call.values("traceparent")), "")),
+                callback_url=asked.callback_url,
+                share=asked.share,
             )
         except (Refused, FleetError) as error:
             self._kit.metrics.submissions.labels(lane=lane, outcome=kind_of(error)).inc()
