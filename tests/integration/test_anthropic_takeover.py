@@ -1,0 +1,87 @@
+"""A stream of Anthropic's whose worker is killed in the middle: it goes on, or says that it cannot."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import pytest
+from support.openai_sdk import Yard, yard_running
+
+pytestmark = pytest.mark.process
+
+MODEL = "starter"
+TURNS: list[Any] = [{"role": "user", "content": "Write add(a, b) in Python."}]
+TOOL: Any = {"name": "weather", "input_schema": {"type": "object", "properties": {}}}
+ANSWERED: list[Any] = [  # the simulated engine answers the result of a tool with text
+    *TURNS,
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "weather", "input": {}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "rain"}]},
+]
+
+
+@pytest.fixture
+def yard(tmp_path: Path, namespace: str) -> Iterator[Yard]:
+    """A slow engine: a token in about 50 ms, so that there is a middle."""
+    url = f"sqlite:///{tmp_path / 'yard.db'}"
+    with yard_running(tmp_path, url, url, namespace, engine={"time_scale": 10.0}) as running:
+        yield running
+
+
+@pytest.fixture
+def client(yard: Yard) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=yard.url, api_key="unused", max_retries=0, timeout=60.0) as one:
+        yield one
+
+
+def new_key() -> dict[str, str]:
+    return {"Idempotency-Key": uuid.uuid4().hex}
+
+
+def replace_worker(yard: Yard) -> None:
+    yard.kill_worker()
+    assert yard.worker.stdout is not None
+    yard.worker.stdout.close()
+    yard.start_worker()
+
+
+def words(message: anthropic.types.Message) -> str:
+    return "".join(block.text for block in message.content if block.type == "text")
+
+
+def test_a_plain_stream_goes_on_at_the_very_character(yard: Yard, client: anthropic.Anthropic) -> None:
+    """The reader notices nothing but a pause; the stored result is what it read."""
+    asked: Any = {"model": MODEL, "max_tokens": 40, "messages": TURNS, "extra_headers": new_key()}
+    with client.messages.stream(**asked) as stream:
+        pieces = iter(stream.text_stream)
+        first = [next(pieces) for _ in range(3)]
+        replace_worker(yard)
+        streamed = "".join([*first, *pieces])
+        final = stream.get_final_message()
+
+    stored = client.messages.create(**asked)
+
+    assert streamed == words(final) == words(stored)
+    assert final.usage == stored.usage
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_and_the_same_key_gets_the_new_text(
+    yard: Yard, client: anthropic.Anthropic
+) -> None:
+    """Of a chat that offers tools the answer is generated again; what was shown of the first one is void."""
+    asked: Any = {"model": MODEL, "max_tokens": 40, "messages": ANSWERED, "tools": [TOOL], "extra_headers": new_key()}
+    with client.messages.stream(**asked) as stream:
+        pieces = iter(stream.text_stream)
+        first = [next(pieces) for _ in range(3)]
+        replace_worker(yard)
+        with pytest.raises(anthropic.APIStatusError, match="begin again"):
+            list(pieces)
+
+    with client.messages.stream(**asked) as stream:
+        again = stream.get_final_message()
+    stored = client.messages.create(**asked)
+
+    assert words(again) == words(stored)
+    assert words(again).startswith("".join(first)), "the simulated engine answers a prompt always the same"
+    assert again.usage.output_tokens == 40
