@@ -20,15 +20,17 @@ MODEL = "starter"
 
 @dataclass(slots=True)
 class Yard:
-    """`worker` is replaced when it is started again."""
+    """`worker` is replaced when it is started again. `held` is closed with the fleet."""
 
     url: str
     settings: Settings
     folder: Path
     worker: subprocess.Popen[bytes]
+    held: contextlib.ExitStack
 
     def client(self, **more: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
+        return self.held.enter_context(client)
 
     def async_client(self, **more: object) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", **{"max_retries": 0, **more})  # type: ignore[arg-type]
@@ -58,7 +60,7 @@ def yard_running(
     (folder / "yard.yaml").write_text(settings.model_dump_json())  # JSON is YAML
     with contextlib.ExitStack() as stack:
         worker, _ = _started("worker", folder)
-        yard = Yard("", settings, folder, worker)
+        yard = Yard("", settings, folder, worker, stack)
         stack.callback(lambda: _ended(yard.worker))
         gateway, line = _started("gateway", folder)
         stack.callback(_ended, gateway)

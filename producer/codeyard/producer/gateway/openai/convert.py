@@ -36,6 +36,8 @@ LANES = {
 }  # by service tier
 TIERS = {Lane.INTERACTIVE: "priority", Lane.STANDARD: "default", Lane.BULK: "flex"}  # as answers say it
 
+NO_CHANCE = -9_999.0  # what OpenAI shows for a token of probability zero: JSON has no infinity
+
 _LONGEST_KEY = 190  # of 200 characters; the rest is for the place
 _BETWEEN = "\u00b7"  # no key that comes in a header holds it, so a derived one is nobody's own
 
@@ -178,14 +180,18 @@ def text_logprobs(tokens: Iterable[TokenLogprob], offset: int = 0) -> dict[str, 
         offset += len(token.text)
     return {
         "tokens": [token.text for token in listed],
-        "token_logprobs": [token.logprob for token in listed],
-        "top_logprobs": [{one.text: one.logprob for one in token.top} for token in listed],
+        "token_logprobs": [max(token.logprob, NO_CHANCE) for token in listed],
+        "top_logprobs": [{one.text: max(one.logprob, NO_CHANCE) for one in token.top} for token in listed],
         "text_offset": offsets,
     }
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode(errors="replace"))}
+    return {
+        "token": token.text,
+        "logprob": max(token.logprob, NO_CHANCE),
+        "bytes": list(token.text.encode(errors="replace")),
+    }
 
 
 # Reading -------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from codeyard.producer.gateway.problems import Refused
 from codeyard.producer.gateway.surface import Kit, Route
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.shared.access.keys import Scope
-from codeyard.shared.errors import JobNotFound
-from codeyard.shared.job import JobId
+from codeyard.shared.claims import redeem
+from codeyard.shared.errors import BlobMissing, JobNotFound, MalformedMessage
+from codeyard.shared.job import Claim, JobId
 from codeyard.shared.record import Record
 from codeyard.shared.store.port import CancelVerdict
 
@@ -62,7 +63,7 @@ class Responses:
             statuses = await finals(self._kit, request, jobs, call)
             if isinstance(statuses, ApiError):
                 return statuses.response(call.headers)
-        return as_json(response_of(await self._record(jobs, job_id)), call.headers)
+        return as_json(response_of(await self._own(job_id)), call.headers)
 
     async def retrieve(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = _job_id(request.path_params["response_id"])
@@ -73,9 +74,9 @@ class Responses:
         if "starting_after" in request.query_params:
             after = requests.whole_number(request, "starting_after", default=0, least=0, most=MOST_EVENTS)
         record = await self._record(jobs, job_id)
-        if stream == "false":
+        if stream == "false" or request.method == "HEAD":
             return as_json(response_of(record), {"x-request-id": job_id})
-        return self._follow(jobs, record, Merged([jobs.stream(job_id)]), starting_after=after)
+        return self._follow(record, Merged([jobs.stream(job_id)]), starting_after=after)
 
     async def cancel(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = _job_id(request.path_params["response_id"])
@@ -90,32 +91,41 @@ class Responses:
         try:
             if not call.asked.background:
                 error = await early_error(self._kit, request, jobs, call, events)
-            record = await self._record(jobs, job_id)
+            record = await self._own(job_id)
         except BaseException:
             await events.aclose()
             raise
         if error is not None:
             await events.aclose()
             return error.response(call.headers)
-        answer = self._follow(jobs, record, events)
+        answer = self._follow(record, events)
         answer.headers.update(call.headers)
         return answer
 
-    def _follow(
-        self, jobs: TenantJobs, record: Record, events: Merged, *, starting_after: int | None = None
-    ) -> Response:
+    def _follow(self, record: Record, events: Merged, *, starting_after: int | None = None) -> Response:
         async def final() -> Record:
-            return await self._record(jobs, record.id)
+            return await self._own(record.id)
 
         return self._kit.event_stream(told(record, events, final, starting_after=starting_after))
 
     async def _record(self, jobs: TenantJobs, job_id: JobId) -> Record:
-        """Raises JobNotFound, also of another tenant's."""
+        """With its prompt, wherever that lies. Raises JobNotFound, also of another tenant's."""
         await jobs.status(job_id)
+        return await self._own(job_id)
+
+    async def _own(self, job_id: JobId) -> Record:
+        """Of a job that is known to be the caller's."""
         [record] = await self._kit.store.read([job_id])
         if record is None:
             raise JobNotFound(job_id)
-        return record
+        prompt, shelves = record.job.prompt, self._kit.shelves
+        if not isinstance(prompt, Claim) or shelves is None:
+            return record
+        try:
+            redeemed = await redeem(shelves.blobs, record.job.tenant, prompt)
+        except (BlobMissing, MalformedMessage):
+            return record  # its answer is still there
+        return record.model_copy(update={"job": record.job.model_copy(update={"prompt": redeemed})})
 
 
 def _job_id(response_id: str) -> JobId:

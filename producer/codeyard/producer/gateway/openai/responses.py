@@ -109,7 +109,7 @@ def response_of(
 ) -> dict[str, Any]:
     """OpenAI's object. `status` and `output` are given for moments of a stream that the record is past."""
     job, mark, result = record.job, _mark(record), record.result
-    prompt = job.prompt if isinstance(job.prompt, Chat) else None  # one that is kept elsewhere is not shown
+    prompt = job.prompt if isinstance(job.prompt, Chat) else None  # it may be lost where long ones are kept
     ended = result if status is None else None
     own = _instructions(job.metadata, prompt)
     failed = job_code(record.state, ended) if ended is not None else None
