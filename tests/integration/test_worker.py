@@ -12,6 +12,7 @@ from support.fleet import Backend, first_token, fleet_settings, worker_task
 
 from codeyard.producer import AsyncClient, Submission
 from codeyard.shared.broker.port import Message, PublishOutcome
+from codeyard.shared.chat import Chat
 from codeyard.shared.connect import open_broker
 from codeyard.shared.errors import FleetError
 from codeyard.shared.job import Lane
@@ -23,6 +24,7 @@ from codeyard.worker import runner, service, warmup
 from codeyard.worker.engines import select
 from codeyard.worker.engines.port import Delta, Engine, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.engines.simulated import simulated_completion
+from codeyard.worker.held import Said
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -96,6 +98,31 @@ async def test_a_job_of_no_tokens_counts_its_prompt(embedded: Backend) -> None:
 
     assert (result.state, result.text, result.finish_reason) == (State.SUCCEEDED, "", "length")
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (10, 0)
+
+
+async def test_a_conversation_is_answered_with_a_call_and_after_its_answer_with_text(backend: Backend) -> None:
+    """What an agent does, through broker and store: the stream joined is the result, calls and content included."""
+    asked = {"messages": [{"role": "user", "content": "what is in a.py?"}], "tools": [{"name": "look"}]}
+    async with worker_task(backend.settings()), backend.client() as client:
+        first = await client.submit(Chat.model_validate(asked), stream=True)
+        called = await first.result(timeout=20)
+        [call] = called.tool_calls
+        answer = {"role": "tool", "tool_call_id": call.id, "content": "x = 1"}
+        turns = [*asked["messages"], {"role": "assistant", "tool_calls": [call.model_dump()]}, answer]
+        second = await client.submit(Chat.model_validate({**asked, "messages": turns}), sampling={"logprobs": 1})
+        told = await second.result(timeout=20)
+        streams = [[event async for event in job.stream()] for job in (first, second)]
+
+    assert (call.name, call.arguments, called.content, called.finish_reason) == ("look", "{}", "", "tool_calls")
+    assert (told.content, told.tool_calls) == (told.text, ())
+    assert told.text
+    assert "".join(one.text for one in told.logprobs) == told.text
+    for events, result in zip(streams, (called, told), strict=True):
+        seen = Said()
+        for event in events:
+            seen.add(event)
+        assert (seen.text, seen.content, seen.tool_calls) == (result.text, result.content, result.tool_calls)
+        assert tuple(seen.logprobs) == result.logprobs
 
 
 async def test_the_same_key_attaches_and_replays_the_same_result(backend: Backend) -> None:

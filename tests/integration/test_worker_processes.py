@@ -40,13 +40,20 @@ async def test_kill_minus_9_in_the_middle_of_a_batch_loses_nothing(backend: Back
         assert events[-1].kind is EventKind.END
 
 
-async def test_a_streamed_job_goes_on_from_its_tokens_after_its_worker_was_killed(backend: Backend) -> None:
-    """What readers saw stays true: no restart, no gap, and usage is counted once."""
+@pytest.mark.parametrize(
+    "stream,stop", [(True, []), (True, [" never said"]), (False, [])], ids=["stream", "stop strings", "no stream"]
+)
+async def test_a_job_goes_on_from_its_tokens_after_its_worker_was_killed(
+    backend: Backend, stream: bool, stop: list[str]
+) -> None:
+    """What readers saw stays true: no restart, no gap, and usage is counted once. One that does not stream is
+    saved every so many tokens."""
     prompt = next(p for p in (f"def long_{n}():" for n in range(10_000)) if len(simulated_completion(p, 250)[1]) == 250)
-    worker = WorkerProcess(backend.settings(engine={"time_scale": 4.0}), backend.folder)
+    slow = backend.settings(engine={"time_scale": 4.0}, worker={"save_tokens": 32})
+    worker = WorkerProcess(slow, backend.folder)
     await worker.start()
     async with backend.client() as client:
-        job = await client.submit(prompt, stream=True, sampling={"max_tokens": 250})
+        job = await client.submit(prompt, stream=stream, sampling={"max_tokens": 250, "stop": stop})
         await first_token(client, job.id)
 
         worker.signal(signal.SIGKILL)
@@ -58,9 +65,10 @@ async def test_a_streamed_job_goes_on_from_its_tokens_after_its_worker_was_kille
             status = await job.status()
 
     assert status.attempt == 2
+    assert sum(len(event.token_ids) for event in seen) >= (1 if stream else 32)
     assert events[: len(seen)] == seen
     assert EventKind.RESTARTED not in [event.kind for event in events]
-    assert result.text == simulated_completion(prompt, 250)[0]
+    assert result.text == "".join(event.text for event in events) == simulated_completion(prompt, 250)[0]
     assert result.usage.completion_tokens == 250
 
 
