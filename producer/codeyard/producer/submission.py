@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import stop_after_delay, wait_random_exponential
 
 from codeyard.producer.waits import WaitBoard
 from codeyard.shared.alias import Alias
@@ -44,6 +44,7 @@ from codeyard.shared.errors import (
 )
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, job_id_for_key, new_job_id, shared_key
 from codeyard.shared.record import Record, State
+from codeyard.shared.retries import repeat
 from codeyard.shared.store.port import Queued, Reservation, Reserved, ReserveVerdict, Store
 from codeyard.shared.topology import Topology
 
@@ -52,6 +53,7 @@ T = TypeVar("T")
 ALIAS_TTL_S = 2.0  # how stale the revision that a new job is pinned to may be
 PAUSE_S = 0.2  # before a publish to a broker that was away is tried again
 RETRY_AFTER_S = 5.0  # of QueueFull
+WAIT = wait_random_exponential(multiplier=0.1, max=1.0)  # before a store call is repeated
 MAX_MINE = 10_000  # own reservations remembered, the oldest forgotten first
 
 
@@ -347,17 +349,10 @@ def _unavailable(error: BrokerUnavailable | StoreUnavailable, draft: _Draft) -> 
 
 async def _within(until_s: float, call: Callable[[], Awaitable[T]]) -> T:
     """Repeat a store call with backoff until it answers or the deadline has passed."""
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(StoreUnavailable),
-        wait=wait_random_exponential(multiplier=0.1, max=1.0),
-        stop=stop_after_delay(max(0.0, until_s - time.monotonic())),
-        reraise=True,
-    )
+    stop = stop_after_delay(max(0.0, until_s - time.monotonic()))
     try:
         async with asyncio.timeout(max(0.05, until_s - time.monotonic())):
-            async for attempt in retrying:
-                with attempt:
-                    return await call()
+            return await repeat(call, (StoreUnavailable,), wait=WAIT, stop=stop)
     except TimeoutError:
         pass
     raise StoreUnavailable("no answer in time")

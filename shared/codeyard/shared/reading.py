@@ -9,17 +9,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import stop_after_delay, wait_random_exponential
 
 from codeyard.shared.errors import JobNotFound, ResultTimeout, StoreUnavailable
 from codeyard.shared.job import JobId
 from codeyard.shared.record import Event, EventKind, Record
+from codeyard.shared.retries import repeat
 from codeyard.shared.store.port import Store
 
 T = TypeVar("T")
 
 REREAD_S = 2.0
 STORE_AWAY_S = 30.0  # a reader waits this long for a store that does not answer
+WAIT = wait_random_exponential(multiplier=0.1, max=2.0)
 
 
 async def wait_final(store: Store, job_id: JobId, timeout_s: float) -> Record:
@@ -63,13 +65,4 @@ async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncGenerat
 
 
 async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type(StoreUnavailable),
-        wait=wait_random_exponential(multiplier=0.1, max=2.0),
-        stop=stop_after_delay(STORE_AWAY_S),
-        reraise=True,
-    )
-    async for attempt in retrying:
-        with attempt:
-            return await call()
-    raise AssertionError("tenacity returns or raises")
+    return await repeat(call, (StoreUnavailable,), wait=WAIT, stop=stop_after_delay(STORE_AWAY_S))

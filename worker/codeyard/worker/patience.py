@@ -4,9 +4,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tenacity import RetryCallState, wait_random_exponential
 
 from codeyard.shared.errors import BrokerUnavailable, StoreUnavailable
+from codeyard.shared.retries import repeat
 
 log = logging.getLogger(__name__)
 
@@ -14,6 +15,8 @@ T = TypeVar("T")
 
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 5.0  # back in business this long after the server is, at most
+AWAY = (BrokerUnavailable, StoreUnavailable)
+WAIT = wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S)
 
 
 async def persist(call: Callable[[], Awaitable[T]]) -> T:
@@ -21,16 +24,7 @@ async def persist(call: Callable[[], Awaitable[T]]) -> T:
 
     Every call of the two ports may be repeated. Other errors pass through; cancelling ends it.
     """
-    retrying = AsyncRetrying(
-        retry=retry_if_exception_type((BrokerUnavailable, StoreUnavailable)),
-        wait=wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-        before_sleep=_say_so,
-        reraise=True,
-    )
-    async for attempt in retrying:
-        with attempt:
-            return await call()
-    raise AssertionError("tenacity returns or raises")
+    return await repeat(call, AWAY, wait=WAIT, before_sleep=_say_so)
 
 
 def _say_so(state: RetryCallState) -> None:
