@@ -56,6 +56,14 @@ class Process:
                 told()
 
 
+    def scatter(self) -> None:
+        """After its end: it holds itself in several ways, and with it its world."""
+        for thread in (self.main, self.keeper):
+            del thread.context
+            thread.parked = None
+        vars(self).clear()
+
+
 RUNNING: ContextVar[Thread | None] = ContextVar("running thread", default=None)
 
 
@@ -201,6 +209,7 @@ class SimulationLoop(asyncio.BaseEventLoop):
         self.tasks.clear()
         self._due.clear()
         self._timers.clear()
+        self.set_task_factory(None)
         self.close()
 
     def _run_once(self) -> None:
