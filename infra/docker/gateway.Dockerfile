@@ -8,7 +8,7 @@ COPY pyproject.toml README.md ./
 COPY shared shared
 COPY producer producer
 COPY worker worker
-RUN --mount=type=cache,target=/root/.cache/pip /opt/codeyard/bin/pip install '.[gateway]'
+RUN --mount=type=cache,target=/root/.cache/pip /opt/codeyard/bin/pip install '.[gateway,grpc]'
 
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin codeyard
