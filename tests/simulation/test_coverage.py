@@ -55,6 +55,7 @@ def test_faults_may_meet_every_call_of_both_ports() -> None:
 
 
 def test_every_port_call_was_faulted_before_and_after_its_effect(schedules: Report) -> None:
+    """A call that was never cut is a call whose repetition nobody tried."""
     missing = [
         f"{call} {side}"
         for call in CALLS
@@ -66,6 +67,7 @@ def test_every_port_call_was_faulted_before_and_after_its_effect(schedules: Repo
 
 
 def test_every_arrow_of_the_state_diagram_was_taken(schedules: Report) -> None:
+    """Also those that only faults lead to."""
     assert not (DIAGRAM | BESIDES) - set(schedules.arrows)
 
 

@@ -28,6 +28,7 @@ FOUND = {
 
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_does_not_come_back(name: str) -> None:
+    """Each was a way to lose a message or to keep it for ever."""
     assert not world.run(FOUND[name]).violations
 
 

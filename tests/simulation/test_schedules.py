@@ -40,12 +40,14 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 def test_the_schedule_of_a_seed_holds(seed: int) -> None:
+    """How a failure elsewhere is looked at: shrunk, with its trace."""
     verdict = world.run(draw(seed))
 
     assert not verdict.violations, explain(draw(seed))
 
 
 def test_every_schedule_of_ci_holds(schedules: Report) -> None:
+    """Issue 6: two thousand schedules for every change."""
     assert schedules.num_schedules == 2_000
     assert not schedules.failing, _told(schedules)
 
@@ -53,6 +55,7 @@ def test_every_schedule_of_ci_holds(schedules: Report) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3_000)
 def test_twenty_thousand_schedules_hold(run_schedules: Callable[[range], Report]) -> None:
+    """Issue 6: the rarer interleavings, in `make test-long`."""
     report = run_schedules(range(LONG_SCHEDULES))
 
     assert report.num_schedules == LONG_SCHEDULES

@@ -28,6 +28,7 @@ class Server:
 
 
 async def test_a_server_that_is_away_is_asked_until_it_answers() -> None:
+    """A worker's restart costs a model load: it outlasts both servers."""
     server = Server(StoreUnavailable("1"), BrokerUnavailable("2"), StoreUnavailable("3"), "here")
 
     assert await repeat(server, AWAY, wait=wait_none()) == "here"
@@ -50,6 +51,7 @@ async def test_every_failure_is_told_once_and_in_order() -> None:
 
 
 async def test_when_the_policy_gives_up_the_last_error_is_raised() -> None:
+    """A caller with a deadline is told what it was."""
     server = Server(StoreUnavailable("one"), StoreUnavailable("two"), "never asked")
 
     with pytest.raises(StoreUnavailable, match="two"):
@@ -58,6 +60,7 @@ async def test_when_the_policy_gives_up_the_last_error_is_raised() -> None:
 
 
 async def test_an_error_of_another_kind_passes_at_once() -> None:
+    """An answer that is no is an answer."""
     server = Server(JobNotFound("j"), "never asked")
 
     with pytest.raises(JobNotFound):

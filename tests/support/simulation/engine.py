@@ -166,6 +166,9 @@ class TinyLease:
 
     async def renew(self) -> TinyEngine:
         await self.engine.close(force=True)
-        await asyncio.sleep(LOAD_S)
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[None] = loop.create_future()
+        loop.call_later(LOAD_S, _wake, loaded)
+        await loaded
         self.engine = TinyEngine(self._slots, self._tries)
         return self.engine
