@@ -146,10 +146,16 @@ class Fleet(FleetServicer):
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("begun_and_refused", extra={"error": str(error)})  # whoever waited for it was told
 
-    async def settle(self) -> None:
+    async def settled(self) -> None:
         """Return when all that was begun is over."""
         while self._begun:
             await asyncio.gather(*self._begun, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End what was begun and is not over."""
+        for task in self._begun:
+            task.cancel()
+        await self.settled()
 
     # -----------------------------------------------------------------------------------------------
 

@@ -61,18 +61,19 @@ async def serving(
     await _tell(told, probes)
     await server.start()
     log.info("grpc_ready", extra={"address": address})
-    following = asyncio.create_task(_follow(told, probes, kit.stopping), name="grpc health")
-    draining = asyncio.create_task(_drain(server, told, calls, kit), name="grpc drain")
-    try:
-        yield address
-        kit.stopping.set()  # a gateway that ends in another way ends this too
-        await draining
-    finally:
-        following.cancel()
-        draining.cancel()
-        await asyncio.gather(following, draining, return_exceptions=True)
-        await server.stop(None)
-        await fleet.settle()
+    async with asyncio.TaskGroup() as tasks:
+        following = tasks.create_task(_follow(told, probes, kit.stopping), name="grpc health")
+        draining = tasks.create_task(_drain(server, told, calls, kit), name="grpc drain")
+        try:
+            yield address
+            kit.stopping.set()  # a gateway that ends in another way ends this too
+            await draining
+            await fleet.settled()
+        finally:  # and what is left when it is cut short
+            following.cancel()
+            draining.cancel()
+            await server.stop(None)
+            await fleet.close()
 
 
 def _options(max_body_bytes: int) -> list[tuple[str, int]]:
