@@ -1,12 +1,14 @@
 """Anthropic's routes without a socket: headers, lanes, refusals, over jobs that the test makes up."""
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
-from support.asgi import JOB_ID, MadeUpJobs, app_over, http_to, limits_over, status
+from support.asgi import JOB_ID, MadeUpJob, MadeUpJobs, app_over, http_to, limits_over, status
 
+from codeyard.producer.gateway.anthropic import handlers
 from codeyard.producer.gateway.auth import Caller
 from codeyard.shared.access.keys import Scope
 from codeyard.shared.chat import Chat
@@ -152,8 +154,9 @@ async def test_a_stream_is_one_of_events_and_names_the_job(path: str, body: Any)
     assert "hello" in answer.text
 
 
-async def test_a_silent_stream_pings() -> None:
+async def test_a_silent_stream_pings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies cut what says nothing for a minute."""
+    monkeypatch.setattr(handlers, "FIRST_S", 0.0)
     stopping = asyncio.Event()
     jobs = MadeUpJobs(endless=True)
     async with http_to(app_over(jobs, stopping=stopping, heartbeat_s=0.0)) as http:
@@ -191,6 +194,59 @@ async def test_a_gateway_that_stops_sends_those_who_wait_elsewhere() -> None:
     answer = await post(MadeUpJobs(), stopping=stopping)
 
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert f"/v1/jobs/{JOB_ID}" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("key, retry", [(None, "false"), ("k-1", "true")])
+async def test_an_answer_that_takes_too_long_says_where_it_will_be(key: str | None, retry: str) -> None:
+    """Without a key the SDK's own second try would be a second job."""
+    answer = await post(MadeUpJobs(), answer_wait_s=0.01, headers={"Idempotency-Key": key} if key else {})
+
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (503, retry)
+    assert f"/v1/jobs/{JOB_ID}" in answer.json()["error"]["message"]
+
+
+TOO_LONG = status(
+    State.FAILED,
+    last_seq=1,
+    result=Result(state=State.FAILED, error=Failure(code="prompt_too_long", message="because")),
+)
+
+
+class EndsAtOnce(MadeUpJobs):
+    """Its job is accepted, and then fails before it says a word."""
+
+    async def submit(self, prompt: Any, **fields: Any) -> MadeUpJob:
+        job = await super().submit(prompt, **fields)
+        self.known = TOO_LONG
+        return job
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        EndsAtOnce(events=[Event(seq=1, kind=EventKind.END)]),
+        MadeUpJobs(known=TOO_LONG, events=[Event(seq=1, kind=EventKind.TOKENS, text="a")], endless=True),
+    ],
+)
+async def test_a_stream_that_is_over_before_it_begins_is_a_status(jobs: MadeUpJobs) -> None:
+    """The SDKs raise by the status, and not every one looks into an event. Also of a job that was there already."""
+    answer = await post(jobs, {**BODY, "stream": True})
+
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "because (prompt_too_long)")
+
+
+async def test_a_store_that_is_gone_before_a_stream_begins_is_a_status() -> None:
+    """There it can still be said so."""
+
+    class Gone(MadeUpJobs):
+        async def stream(self, job_id: str, after: int = 0) -> AsyncGenerator[Event, None]:
+            raise StoreUnavailable("gone")
+            yield
+
+    answer = await post(Gone(), {**BODY, "stream": True})
+
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "api_error")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from support.asgi import JOB_ID, status
 from codeyard.producer.gateway.anthropic.convert import Asked
 from codeyard.producer.gateway.anthropic.legacy import CompletionTeller
 from codeyard.producer.gateway.anthropic.stream import MessageTeller, told
+from codeyard.producer.gateway.openai.merged import Merged, without_taken_back
 from codeyard.shared.chat import Chat, Message, ToolCall, ToolCallDelta
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import Sampling, estimate_tokens
@@ -53,7 +54,8 @@ async def told_of(
 
     accepted = status(last_seq=known_seq)
     teller = CompletionTeller(accepted) if old else MessageTeller(ASKED, accepted)
-    frames = [frame async for frame in told(teller, source(), accepted, read)]
+    merged = Merged([without_taken_back(source(), known_seq)])
+    frames = [frame async for frame in told(teller, merged, accepted, read)]
     documents = []
     for frame in frames:
         kind, _, data = frame.removeprefix("event: ").removesuffix("\n\n").partition("\ndata: ")

@@ -149,7 +149,8 @@ _MEANINGS = {
     },
     "Result": {
         "text": "What was generated: the `tokens` events since the last `restarted`, joined.",
-        "finish_reason": "`stop`, `length` or `abort`.",
+        "finish_reason": "`stop`, `length`, `tool_calls` or `abort`.",
+        "stop": "The stop string that ended it, where one did.",
         "engine": "Which engine made it, and its version.",
         "batch_size": "Jobs in the engine when this one started, itself included.",
         "first_token_s": "Seconds from the engine's taking it to its first token.",

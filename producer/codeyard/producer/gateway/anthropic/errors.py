@@ -60,6 +60,7 @@ TYPES = {
 ENDINGS = {
     "invalid_prompt": 400,
     "prompt_too_long": 400,
+    "no_chat_template": 400,
     "unsupported": 400,
     "cancelled": 409,
     "deadline_exceeded": 504,
@@ -103,6 +104,15 @@ def refuse(error: Refused | FleetError) -> Response:
 def refuse_ended(status: JobStatus) -> Response:
     """The answer for a job that did not succeed."""
     return _answer(failed_as(status), request_id_of(status.id), NEVER)
+
+
+def refuse_waiting(job_id: JobId, reason: str, *, keyed: bool) -> Response:
+    """The answer while the job goes on. The SDKs' own second try would be a second job, unless a key says which
+    it is."""
+    how = "send the request again with its Idempotency-Key, or read it" if keyed else "read it"
+    failed = Failed.of(503, f"{reason}; the job goes on: {how} at /v1/jobs/{job_id}")
+    headers = {"Retry-After": str(UNAVAILABLE_RETRY_S), "x-should-retry": "true" if keyed else "false"}
+    return _answer(failed, request_id_of(job_id), headers)
 
 
 def failed_by(error: Refused | FleetError) -> Failed:

@@ -8,6 +8,7 @@ Each call is a job, and outlives it: who hangs up can send the same request agai
 to any gateway, and gets the same answer. Called by: gateway.surfaces.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -15,25 +16,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from codeyard.producer.gateway import requests
 from codeyard.producer.gateway.anthropic.convert import Asked, message_of, read_count, read_message
-from codeyard.producer.gateway.anthropic.errors import refuse, refuse_ended, request_id_of
+from codeyard.producer.gateway.anthropic.errors import refuse, refuse_ended, refuse_waiting, request_id_of
 from codeyard.producer.gateway.anthropic.legacy import CompletionTeller, completion_of, read_completion
 from codeyard.producer.gateway.anthropic.stream import PING, MessageTeller, Teller, farewell, told
 from codeyard.producer.gateway.limits import anthropic_headers
+from codeyard.producer.gateway.openai.merged import Merged, without_taken_back
 from codeyard.producer.gateway.problems import Refused, kind_of
 from codeyard.producer.gateway.surface import Kit, Route, Surface
 from codeyard.producer.gateway.tenancy import Submitted, TenantJobs
+from codeyard.producer.gateway.waiting import hung_up, unless
 from codeyard.shared.access.keys import Scope
 from codeyard.shared.errors import FleetError
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, Lane
-from codeyard.shared.record import JobStatus, State
+from codeyard.shared.record import EventKind, JobStatus, State
 
 LANE = "codeyard-lane"  # header; over the lane that the body's service_tier means
 WAITED_S = 3_600.0  # for a job somebody waits for; the SDKs give up after 600 s, and may come back
 COUNT_S = 60.0
-MARGIN_S = 5.0  # past a job's deadline: by then it has expired
+FIRST_S = 5.0  # a stream begins after so long without a word; until then a job that fails is a status, not an event
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +79,74 @@ class _Handlers:
 
     async def count_tokens(self, request: Request, jobs: TenantJobs) -> Response:
         _, submitted = await self._submitted(request, jobs, read_count, key=None, timeout_s=COUNT_S)
-        status = await self._final(request, jobs, submitted, COUNT_S)
-        if status.state is not State.SUCCEEDED:
-            return refuse_ended(status)
-        assert status.result is not None
-        return _json({"input_tokens": status.result.usage.prompt_tokens}, _headers(submitted))
+        ended = await self._ended(request, jobs, submitted, keyed=True)  # to count twice does no harm
+        if isinstance(ended, Response):
+            return ended
+        assert ended.result is not None
+        return _json({"input_tokens": ended.result.usage.prompt_tokens}, _headers(submitted))
 
     async def _answered(self, request: Request, jobs: TenantJobs, form: Form) -> Response:
         key = requests.idempotency_key(request.headers)
         asked, submitted = await self._submitted(request, jobs, form.read, key=key)
+        if asked.stream:
+            return await self._streamed(request, jobs, submitted, form.teller(asked, submitted.job.accepted_status))
+        ended = await self._ended(request, jobs, submitted, keyed=key is not None)
+        if isinstance(ended, Response):
+            return ended
+        return _json(form.answer(asked, ended), _headers(submitted))
+
+    async def _streamed(self, request: Request, jobs: TenantJobs, submitted: Submitted, teller: Teller) -> Response:
         accepted = submitted.job.accepted_status
-        if not asked.stream:
-            status = await self._final(request, jobs, submitted, _timeout_s(asked))
-            if status.state is not State.SUCCEEDED:
-                return refuse_ended(status)
-            return _json(form.answer(asked, status), _headers(submitted))
 
         async def final() -> JobStatus:
             return await jobs.status(accepted.id)
 
-        frames = told(form.teller(asked, accepted), jobs.stream(accepted.id), accepted, final)
+        events = Merged([without_taken_back(jobs.stream(accepted.id), accepted.last_seq)])
+        try:
+            over = accepted.state.final or await self._over_at_once(request, events)
+            status = await final() if over else accepted
+        except BaseException:
+            await events.aclose()
+            raise
+        if over and status.state is not State.SUCCEEDED:
+            await events.aclose()
+            return refuse_ended(status)
+        frames = told(teller, events, accepted, final)
         answer = self._kit.event_stream(frames, beat=PING, farewell=farewell(request_id_of(accepted.id)))
         answer.headers.update(_headers(submitted))
         return answer
+
+    async def _over_at_once(self, request: Request, events: Merged) -> bool:
+        """Whether the end is the first thing to tell: then it can still be a status. Raises ClientDisconnect."""
+        gone = False
+
+        async def caller_gone() -> None:
+            nonlocal gone
+            await hung_up(request.receive)
+            gone = True
+
+        try:
+            async with asyncio.timeout(FIRST_S):
+                first = await unless(events.first(), caller_gone(), self._kit.stopping.wait())
+        except TimeoutError:
+            return False
+        if gone:
+            raise ClientDisconnect
+        return first is not None and first[1].kind is EventKind.END
+
+    async def _ended(
+        self, request: Request, jobs: TenantJobs, submitted: Submitted, *, keyed: bool
+    ) -> JobStatus | Response:
+        """The job once it has succeeded, or the answer if it does not. Raises ClientDisconnect."""
+        accepted, wait_s = submitted.job.accepted_status, self._kit.settings.answer_wait_s
+        status: JobStatus | None = accepted
+        if not accepted.state.final:
+            status = await self._kit.final_within(request, jobs, accepted.id, wait_s)
+        if status is None:
+            stopping = self._kit.stopping.is_set()
+            reason = "the gateway is stopping" if stopping else f"there is no answer after {wait_s:g} s"
+            return refuse_waiting(accepted.id, reason, keyed=keyed)
+        return status if status.state is State.SUCCEEDED else refuse_ended(status)
 
     async def _submitted(
         self,
@@ -130,16 +179,6 @@ class _Handlers:
         outcome = "attached" if submitted.job.attached else "accepted"
         self._kit.metrics.submissions.labels(lane=lane, outcome=outcome).inc()
         return asked, submitted
-
-    async def _final(self, request: Request, jobs: TenantJobs, submitted: Submitted, timeout_s: float) -> JobStatus:
-        """Raises Refused if the job goes on without this gateway, ClientDisconnect without its caller."""
-        status: JobStatus | None = submitted.job.accepted_status
-        assert status is not None
-        if not status.state.final:
-            status = await self._kit.final_within(request, jobs, submitted.job.id, timeout_s + MARGIN_S)
-        if status is None:
-            raise Refused("not-ready", "the job goes on; send the request again, with the same Idempotency-Key")
-        return status
 
 
 def _in_lane(asked: Asked, request: Request) -> Asked:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from codeyard.producer.gateway.anthropic.convert import Asked, ending_of, head_of, tool_use, usage_of
 from codeyard.producer.gateway.anthropic.errors import Failed, body_of, failed_as, failed_by, request_id_of
+from codeyard.producer.gateway.openai.merged import Merged
 from codeyard.producer.gateway.problems import kind_of
 from codeyard.shared.chat import ToolCallDelta
 from codeyard.shared.errors import FleetError
@@ -55,16 +56,17 @@ class Teller(Protocol):
 
 
 async def told(
-    teller: Teller, events: AsyncGenerator[Event, None], accepted: JobStatus, final: Callable[[], Awaitable[JobStatus]]
+    teller: Teller, events: Merged, accepted: JobStatus, final: Callable[[], Awaitable[JobStatus]]
 ) -> AsyncGenerator[str, None]:
-    """The frames of a stream. `accepted`: the job when this stream was asked for; `final` reads it at its end."""
+    """The frames of a stream. `events` are those of one job, without what was taken back before it was asked for;
+    `accepted`: that job; `final` reads it at its end."""
     request_id = request_id_of(accepted.id)
     anything = False
     for text in teller.begin():
         yield text
     try:
-        async with aclosing(events), aclosing(_without_taken_back(events, accepted.last_seq)) as left:
-            async for event in left:
+        async with aclosing(events):
+            async for _, event in events:
                 if event.kind is EventKind.END:
                     status = await final()
                     if status.state is not State.SUCCEEDED:
@@ -149,18 +151,3 @@ class MessageTeller:
     @staticmethod
     def _delta(index: int | None, delta: dict[str, Any]) -> str:
         return frame({"type": "content_block_delta", "index": index, "delta": delta})
-
-
-async def _without_taken_back(events: AsyncGenerator[Event, None], known_seq: int) -> AsyncGenerator[Event, None]:
-    """Events up to `known_seq` are there already: of those, what a restart took back is never shown. So a caller
-    who comes back after a restart reads the new text alone."""
-    held: list[Event] = []
-    async for event in events:
-        if event.kind is EventKind.RESTARTED and event.seq <= known_seq:
-            held.clear()
-        else:
-            held.append(event)
-        if event.seq >= known_seq:
-            for one in held:
-                yield one
-            held.clear()
