@@ -4,7 +4,6 @@ servers.RedisServer is the one that tests share, run as our configurations run i
 """
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio import Redis
 
-from support.servers import Guarded, free_port
+from support.servers import Guarded, as_run, free_port, path
 from support.servers import RedisServer as SharedServer
 from support.services import missing
 
@@ -41,9 +40,8 @@ class OwnRedis:
         self.folder.mkdir(parents=True, exist_ok=True)
         own = ("--port", str(self.port), "--cluster-port", str(free_port()), "--dir", str(self.folder), "--save", "")
         command = ("redis-server", *own, *self.options, *more)
-        env = {"PATH": os.environ["PATH"]}
         self._process = await asyncio.to_thread(
-            Guarded, command, env=env, cwd=self.folder, log=self.folder / "redis.log"
+            Guarded, as_run(command, self.folder), env={"PATH": path()}, cwd=self.folder, log=self.folder / "redis.log"
         )
         await self._until(answering)
 

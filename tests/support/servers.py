@@ -1,5 +1,14 @@
 """The drill's servers, under the name that tests know them by."""
 
-from codeyard.cli.drill.servers import Guarded, RabbitServer, RedisServer, ServerFailed, free_port
+from codeyard.cli.drill.servers import (
+    ROOT_VARIABLE,
+    Guarded,
+    RabbitServer,
+    RedisServer,
+    ServerFailed,
+    as_run,
+    free_port,
+    path,
+)
 
-__all__ = ["Guarded", "RabbitServer", "RedisServer", "ServerFailed", "free_port"]
+__all__ = ["ROOT_VARIABLE", "Guarded", "RabbitServer", "RedisServer", "ServerFailed", "as_run", "free_port", "path"]

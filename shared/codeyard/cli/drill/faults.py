@@ -11,21 +11,17 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from codeyard.cli.drill.fleet import GRACE_S, LEASE_S, Fleet
+from codeyard.cli.drill.patience import AGAIN_S, until_accepted, until_answered
 from codeyard.cli.drill.plan import LONG_S, MAX_TOKENS, TENANT, Fault, FaultKind
 from codeyard.cli.drill.proxy import TcpProxy
 from codeyard.cli.processes import Child
 from codeyard.producer import AsyncClient
-from codeyard.shared.errors import FleetError
 from codeyard.shared.job import Lane
 from codeyard.shared.topology import Topology
 
-T = TypeVar("T")
-
 PROBE_LIMIT_S = 90.0  # a fleet that takes longer has not recovered
-AGAIN_S = 0.1
 HOLD_S = (0.5, 2.5)  # how long a link is slow or refused
 FILL_LIMIT_S = 8.0
 NEARLY_FULL = 0.95
@@ -111,7 +107,7 @@ class Breaker:
         """Nobody takes jobs until a queue is at its length limit and producers are refused."""
         fleet = self._fleet
         most = fleet.wish.queue_max_length
-        [alias] = (await self._client.store.aliases()).values()
+        [alias] = (await until_answered(self._client.store.aliases)).values()
         topology = Topology(fleet.settings.namespace)
         queues = [topology.job_queue(alias.revision, lane) for lane in Lane]
         broker, depths = self._client.publisher, [0]
@@ -133,9 +129,9 @@ class Breaker:
         began_s, number = time.monotonic(), next(self._numbers)
         try:
             async with asyncio.timeout(PROBE_LIMIT_S):
-                job = await _patiently(lambda: self._submit(number))
+                job = await until_accepted(lambda: self._submit(number))
                 self._on_probe(job)
-                await _patiently(lambda: self._client.wait(job, PROBE_LIMIT_S))
+                await until_accepted(lambda: self._client.wait(job, PROBE_LIMIT_S))
         except TimeoutError:
             return None
         return time.monotonic() - began_s
@@ -185,13 +181,4 @@ def _signal(child: Child, number: signal.Signals) -> None:
 
 async def _depths(broker: object, queues: Sequence[str]) -> list[int]:
     depth: Callable[[Sequence[str]], Awaitable[list[int]]] = broker.depth  # type: ignore[attr-defined]  # a Broker
-    return await depth(queues)
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Ask again for as long as it takes: a fleet that is being broken refuses, and its errors say so."""
-    while True:
-        try:
-            return await call()
-        except FleetError:
-            await asyncio.sleep(AGAIN_S)
+    return await until_answered(lambda: depth(queues))

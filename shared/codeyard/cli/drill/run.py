@@ -14,6 +14,7 @@ from codeyard.cli.drill.audit import WRONG, Finding, Ledger, judge, regenerated
 from codeyard.cli.drill.faults import Breaker, Met
 from codeyard.cli.drill.fleet import Fleet, Wish
 from codeyard.cli.drill.ledger import Reader
+from codeyard.cli.drill.patience import until_answered
 from codeyard.cli.drill.plan import LONG_S, Fault, FaultKind, PlannedJob, planned_job, schedule
 from codeyard.cli.drill.watch import Moment, Watch, digest_of
 from codeyard.producer import AsyncClient
@@ -87,7 +88,9 @@ class _Drill:
         self._doing = "submitting"
 
     async def run(self, faults: Sequence[Fault]) -> Report:
-        servers = f"{await self._client.store.ping()}, {self._fleet.settings.broker.url.partition(':')[0]}"
+        servers = (
+            f"{await until_answered(self._client.store.ping)}, {self._fleet.settings.broker.url.partition(':')[0]}"
+        )
         report = Report(self._wish.seed, self._wish.num_jobs, servers)
         breaker = Breaker(self._fleet, self._client, self._started_s, self._on_probe)
         await self._fleet.start_producers()
@@ -146,7 +149,7 @@ class _Drill:
         self._watch.read_ledgers()
         told = self._watch.told
         ledger = Ledger(refused=len(told.refused), findings=[Finding(WRONG, "", text) for text in told.wrong])
-        letters = await self._letters()
+        letters = await until_answered(self._letters)
         plans = {
             job_id: planned_job(self._wish.seed, number, can_fail=self._wish.can_fail)
             for number, job_id in told.accepted.items()
@@ -163,12 +166,12 @@ class _Drill:
     async def _audit_group(
         self, ledger: Ledger, ids: Sequence[JobId], plans: dict[JobId, PlannedJob], letters: set[JobId]
     ) -> None:
-        records = await self._client.store.read(ids)
+        records = await until_answered(lambda: self._client.store.read(ids))
         free = asyncio.Semaphore(AT_ONCE)
 
         async def stream(job_id: JobId) -> list[Event]:
             async with free:
-                return await self._client.store.events(job_id, after=0)
+                return await until_answered(lambda: self._client.store.events(job_id, after=0))
 
         streams = await asyncio.gather(*(stream(job_id) for job_id in ids))
         for job_id, record, events in zip(ids, records, streams, strict=True):

@@ -25,6 +25,13 @@ from codeyard.cli.drill.probes import amqp_answers, redis_answers
 from codeyard.shared.errors import FleetError
 
 _POLL_S = 0.05
+ROOT_VARIABLE = "CODEYARD_TEST_SERVERS_ROOT"
+"""Names the folder of another Debian, whose programs are run by chroot in place of this machine's: other versions
+of both servers. Only root can."""
+_ENTER = """
+mkdir -p "$1$2" && mount -t proc proc "$1/proc" && mount --bind "$2" "$1$2" || exit 1
+root=$1; shift 2; exec chroot "$root" "$@"
+"""  # in a mount namespace of its own, so that nothing stays mounted; the server's folder has the same path inside
 _DEBIAN_RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # /usr/sbin has a wrapper that fixes user and paths
 
 
@@ -177,7 +184,7 @@ class RedisServer(_Server):
 
     @classmethod
     def available(cls) -> bool:
-        return shutil.which(cls.name) is not None
+        return found(cls.name) is not None
 
     @property
     def url(self) -> str:
@@ -196,7 +203,7 @@ class RedisServer(_Server):
         }
         command = [self.name, *(word for name, value in options.items() for word in (f"--{name}", value))]
         log = self.directory / "redis.log"
-        return Guarded(command, env={"PATH": os.environ["PATH"]}, cwd=self.directory, log=log)
+        return Guarded(as_run(command, self.directory), env={"PATH": path()}, cwd=self.directory, log=log)
 
     def _answers(self) -> bool:
         return redis_answers(self.host, self.port)
@@ -220,15 +227,25 @@ class RabbitServer(_Server):
 
     @classmethod
     def available(cls) -> bool:
-        return cls._program() is not None and shutil.which("epmd") is not None
+        return cls._program() is not None and found("epmd") is not None
 
     @classmethod
     def _program(cls) -> str | None:
-        return str(_DEBIAN_RABBITMQ) if _DEBIAN_RABBITMQ.exists() else shutil.which(cls.name)
+        return found(str(_DEBIAN_RABBITMQ)) or found(cls.name)
 
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@{self.host}:{self.port}/"
+
+    @property
+    def node(self) -> str:
+        """Its Erlang name, by which rabbitmqctl finds it."""
+        return f"own{self.port}@localhost"
+
+    def control_environment(self) -> dict[str, str]:
+        """What rabbitmqctl needs to reach it: cookie and port mapper."""
+        names = ("PATH", "LANG", "HOME", "ERL_EPMD_PORT", "ERL_EPMD_ADDRESS", "RABBITMQ_CONF_ENV_FILE")
+        return {name: value for name, value in self._environment().items() if name in names}
 
     def kill(self) -> None:
         super().kill()
@@ -246,7 +263,7 @@ class RabbitServer(_Server):
     def _launch(self) -> Guarded:
         env = self._environment()
         self._epmd = Guarded(
-            ["epmd", "-port", str(self._epmd_port), "-address", self.host],
+            as_run(["epmd", "-port", str(self._epmd_port), "-address", self.host], self.directory),
             env=env,
             cwd=self.directory,
             log=self.directory / "epmd.log",
@@ -257,7 +274,9 @@ class RabbitServer(_Server):
                 raise ServerFailed(f"epmd on port {self._epmd_port} did not start:\n{self._epmd.log_tail()}")
         program = self._program()
         assert program is not None
-        return Guarded([program], env=env, cwd=self.directory, log=self.directory / "rabbitmq.log")
+        return Guarded(
+            as_run([program], self.directory), env=env, cwd=self.directory, log=self.directory / "rabbitmq.log"
+        )
 
     def _environment(self) -> dict[str, str]:
         """Every place RabbitMQ would otherwise share with one that the machine runs."""
@@ -272,12 +291,12 @@ class RabbitServer(_Server):
         (here / "enabled_plugins").write_text("[].\n")
         (here / "rabbitmq-env.conf").write_text("")
         return {
-            "PATH": os.environ["PATH"],
+            "PATH": path(),
             "LANG": "C.UTF-8",
             "HOME": str(here),  # the Erlang cookie is made here
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": self.host,
-            "RABBITMQ_NODENAME": f"own{self.port}@localhost",
+            "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_CONF_ENV_FILE": str(here / "rabbitmq-env.conf"),
             "RABBITMQ_CONFIG_FILE": str(here / "rabbitmq.conf"),
@@ -294,6 +313,47 @@ class RabbitServer(_Server):
 
     def _answers(self) -> bool:
         return _listens(self.host, self.port) and amqp_answers(self.url)
+
+
+def servers_root() -> Path | None:
+    """Where the servers' programs come from; None: this machine."""
+    named = os.environ.get(ROOT_VARIABLE)
+    return Path(named) if named else None
+
+
+def found(program: str) -> str | None:
+    """The program's path as the server sees it, or None where there is none."""
+    root = servers_root()
+    if root is None:
+        return shutil.which(program)
+    inside = (program,) if program.startswith("/") else tuple(f"{folder}/{program}" for folder in path().split(":"))
+    return next((one for one in inside if (root / one.lstrip("/")).exists()), None)
+
+
+def path() -> str:
+    """PATH for the servers."""
+    return os.environ["PATH"] if servers_root() is None else "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def as_run(command: Sequence[str], directory: Path) -> list[str]:
+    """`command` for a server that keeps its files in `directory`: as it is, or inside the other Debian."""
+    root = servers_root()
+    if root is None:
+        return list(command)
+    return [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "--",
+        "sh",
+        "-c",
+        _ENTER,
+        "sh",
+        str(root),
+        str(directory),
+        *command,
+    ]
 
 
 _taken_ports: set[int] = set()
