@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +19,14 @@ PROMPT = "def add(a, b):\n"
 @pytest.fixture(scope="module", params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
 def yard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     """One fleet for all tests here, on each back end."""
-    groups: dict[str, Any] = {"gateway": {"answer_wait_s": 3.0}, "worker": {"max_attempts": 1}}
-    with yards(request, tmp_path_factory, **groups) as running:
+    with yards(request, tmp_path_factory, worker={"max_attempts": 1}) as running:
+        yield running
+
+
+@pytest.fixture(params=["embedded"])
+def impatient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
+    """A fleet of one test's own, whose gateway waits for an answer no longer than a second."""
+    with yards(request, tmp_path_factory, gateway={"answer_wait_s": 1.0}) as running:
         yield running
 
 
@@ -252,35 +257,20 @@ def test_a_job_that_fails_for_good_is_a_server_error(yard: Yard) -> None:
     assert (caught.value.status_code, caught.value.code, caught.value.type) == (500, "engine_error", "server_error")
 
 
-def test_an_answer_that_takes_too_long_names_the_job_and_the_job_goes_on(yard: Yard) -> None:
-    """Nothing is lost: the same key waits again, or the job is read by its id."""
-    yard.kill_worker()
-    try:
-        client = yard.client(default_headers={"Idempotency-Key": "slow"})
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.chat.completions.create(model=MODEL, messages=turns("slow"))
-    finally:
-        yard.start_worker()
-    answer = client.chat.completions.create(model=MODEL, messages=turns("slow"))
+def test_an_answer_that_takes_too_long_names_the_job_and_the_sdks_own_retries_find_it(impatient: Yard) -> None:
+    """Nothing is lost: under the same key it is waited for again, or the job is read by its id."""
+    impatient.kill_worker()
+    headers = {"Idempotency-Key": "slow"}
+    with pytest.raises(openai.InternalServerError) as caught:
+        impatient.client(default_headers=headers).chat.completions.create(model=MODEL, messages=turns("slow"))
+    impatient.start_worker()
+    patient = impatient.client(default_headers=headers, max_retries=50)
+    answer = patient.chat.completions.create(model=MODEL, messages=turns("slow"))
 
     assert (caught.value.status_code, caught.value.code) == (504, "answer_timeout")
     job_id = answer.id.removeprefix("chatcmpl-")
     assert f"/v1/jobs/{job_id}" in caught.value.message
     assert answer.choices[0].message.content == expected("slow")
-
-
-def test_the_sdk_retries_by_itself_what_a_key_makes_safe(yard: Yard) -> None:
-    """Its second try finds the job of the first."""
-    yard.kill_worker()
-    restart = threading.Timer(0.1, yard.start_worker)
-    restart.start()
-    try:
-        client = yard.client(default_headers={"Idempotency-Key": "patient"}, max_retries=8)
-        answer = client.chat.completions.create(model=MODEL, messages=turns("patient"))
-    finally:
-        restart.join()
-
-    assert answer.choices[0].message.content == expected("patient")
 
 
 def test_what_is_no_id_and_what_is_nobodys_are_not_found(yard: Yard) -> None:
