@@ -21,7 +21,7 @@ PYTEST_OPTIONS ?=
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-fast test-long lint format load-locust load-jmeter env env-dev env-test services clean
+.PHONY: help demo up test test-fast test-long test-versions lint format load-locust load-jmeter env env-dev env-test services clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ test-fast: env-dev ## unit tests only: no services, no models, under a minute
 
 test-long: env-test services ## what takes minutes rather than seconds
 	$(BIN)/python -m pytest -m long --timeout 1800 $(PYTEST_OPTIONS)
+
+test-versions: env-test services ## contract suite and drill on RabbitMQ 4.0 and Redis 8.0 (root; makes a Debian 13 in ~/.cache)
+	@infra/local/install-packages.sh debootstrap=debootstrap
+	$(BIN)/python -m pytest tests/fault/test_versions.py -m long --timeout 1800 $(PYTEST_OPTIONS)
 
 lint: env-dev ## ruff (rules and format), mypy --strict
 	$(BIN)/ruff check .
