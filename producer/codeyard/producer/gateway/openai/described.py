@@ -13,7 +13,7 @@ SUBMIT = (
     *CALLER,
     *("malformed-json", "invalid-header", "unknown-model", "body-timeout", "idempotency-conflict", "too-large"),
     *("unsupported-media-type", "invalid-job", "queue-full", "deadline-too-soon", "rate-limited", "quota-exceeded"),
-    *("broker-unavailable", "model-unavailable"),
+    *("broker-unavailable", "model-unavailable", "storage-full"),
 )
 ENDINGS = {
     400: tuple(CALLERS_FAULT.values()),

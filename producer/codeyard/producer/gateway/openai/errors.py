@@ -84,7 +84,13 @@ def of_error(error: Refused | FleetError) -> ApiError:
     param = members.get("field") or getattr(error, "field", None)
     if isinstance(error, UnknownModel):
         param = "model"
-    about = LIMIT_TYPES[error.limit] if isinstance(error, LimitReached) else SERVER if status >= 500 else REQUEST
+    about = (
+        LIMIT_TYPES.get(error.limit, REQUEST)
+        if isinstance(error, LimitReached)
+        else SERVER
+        if status >= 500
+        else REQUEST
+    )
     return ApiError(
         status=400 if status == 422 else status,
         message=error.reason if isinstance(error, InvalidJob) else str(error),

@@ -69,10 +69,13 @@ async def without_taken_back(events: AsyncGenerator[Event, None], known_seq: int
             if event.seq > known_seq:
                 yield event
                 continue
-            held = [] if event.kind is EventKind.RESTARTED else [*held, event] if held else [event]
+            if event.kind is EventKind.RESTARTED:
+                held.clear()
+            else:
+                held.append(event)
             if event.seq == known_seq:
                 for one in held:
                     yield one
-                held = []
+                held.clear()
     finally:
         await events.aclose()
