@@ -143,3 +143,20 @@ async def test_a_gateway_that_stops_tells_those_who_wait_to_come_again(gateway: 
     assert (stopped.status_code, stopped.json()["error"]["code"]) == (503, "gateway_stopping")
     assert stopped.headers["x-should-retry"] == "true"
     assert (await ask(gateway)).json()["choices"][0]["message"]["content"] == "an answer"
+
+
+async def test_a_stream_begins_before_its_first_word_where_that_takes_long(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proxies and clients give up on answers without headers; a refusal after that is an event."""
+    monkeypatch.setattr("codeyard.producer.gateway.openai.calls.FIRST_S", 0.05)
+    async with gateway.http.stream("POST", CHAT, json=body(stream=True), headers=KEY) as answer:
+        lines = answer.aiter_lines()
+        begun = said([await anext(lines)])  # nobody has taken the job yet
+        assert (await gateway.http.delete(f"/v1/jobs/{JOB_ID}")).json()["outcome"] == "cancelled"
+        async with asyncio.timeout(PATIENCE_S):
+            rest = said([line async for line in lines])
+
+    assert answer.status_code == 200
+    assert begun[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [one["error"]["code"] for one in rest] == ["job_cancelled"]
