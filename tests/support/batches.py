@@ -19,8 +19,9 @@ OPENAI_LINE: dict[str, Any] = {
 }
 
 
-def openai_line(n: int) -> str:
-    return json.dumps({**OPENAI_LINE, "custom_id": f"item-{n}"})
+def openai_line(n: int, *, max_tokens: int = 4) -> str:
+    body = {**OPENAI_LINE["body"], "max_tokens": max_tokens}
+    return json.dumps({**OPENAI_LINE, "custom_id": f"item-{n}", "body": body})
 
 
 def openai_at(url: str) -> openai.AsyncOpenAI:
@@ -32,9 +33,15 @@ async def uploaded(client: openai.AsyncOpenAI, lines: Sequence[str]) -> FileObje
     return await client.files.create(file=("batch.jsonl", content), purpose="batch")
 
 
-async def ended(client: openai.AsyncOpenAI, batch_id: str, *, until: Callable[[Batch], bool] | None = None) -> Batch:
+async def ended(
+    client: openai.AsyncOpenAI,
+    batch_id: str,
+    *,
+    until: Callable[[Batch], bool] | None = None,
+    patience_s: float = PATIENCE_S,
+) -> Batch:
     """The batch once it has ended, or is as `until` says. It is polled, as its callers do."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(patience_s):
         while True:
             batch = await client.batches.retrieve(batch_id)
             if until(batch) if until is not None else batch.status in ENDED:

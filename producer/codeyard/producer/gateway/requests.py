@@ -78,7 +78,7 @@ async def read_submission(request: Request, max_body_bytes: int) -> SubmitBody:
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
     """Of a request that says it sends JSON; whether it does is the reader's to see."""
-    _check_media_type(request.headers)
+    check_media_type(request.headers)
     return await _read_body(request, max_body_bytes)
 
 
@@ -147,7 +147,7 @@ def known_form(given: str) -> JobId:
 # The body ------------------------------------------------------------------------------------------
 
 
-def _check_media_type(headers: Headers) -> None:
+def check_media_type(headers: Headers) -> None:
     media_type, _, parameters = headers.get("content-type", "").partition(";")
     charset = re.search(r"charset\s*=\s*\"?([\w-]+)", parameters, re.IGNORECASE)
     if (
