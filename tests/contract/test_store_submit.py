@@ -153,6 +153,20 @@ async def test_queued_never_overwrites_a_live_owner_or_an_end(store: Store) -> N
     assert [await record_of(store, running), await record_of(store, done)] == before
 
 
+async def test_queued_too_late_is_told_so(stores: StoreYard, store: Store) -> None:
+    """A submitter that stood still before it told the store must not tell its caller that the job is accepted."""
+    job = make_job()
+    await store.reserve([reservation_of(job)])
+    await stores.elapse(stores.timing.unpublished_s + 1)
+    await store.recover([Recovery(job.id, "p9")])
+    ended = await record_of(store, job)
+
+    [verdict] = await store.mark_queued([Queued(job.id, "p1")])
+
+    assert verdict is QueuedVerdict.LAPSED
+    assert await record_of(store, job) == ended
+
+
 async def test_publishing_a_lost_owners_job_again_queues_it_as_a_suspect(stores: StoreYard, store: Store) -> None:
     """Its lease ended without release: it may be what killed the owner."""
     await run_jobs(store, job := make_job())

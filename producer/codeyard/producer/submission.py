@@ -45,7 +45,7 @@ from codeyard.shared.errors import (
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, job_id_for_key, new_job_id, shared_key
 from codeyard.shared.record import Record, State
 from codeyard.shared.retries import repeat
-from codeyard.shared.store.port import Queued, Reservation, Reserved, ReserveVerdict, Store
+from codeyard.shared.store.port import Queued, QueuedVerdict, Reservation, Reserved, ReserveVerdict, Store
 from codeyard.shared.topology import Topology
 
 T = TypeVar("T")
@@ -275,9 +275,12 @@ class Submitter:
     async def _accept(self, drafts: Sequence[_Draft], until_s: float) -> None:
         """Confirmed by the broker. Told to nobody before the store knows, or the reconciler would end it."""
         marks = [Queued(draft.record.id, draft.publication) for draft in drafts]
-        await _within(until_s, lambda: self._store.mark_queued(marks))
-        for draft in drafts:
+        verdicts = await _within(until_s, lambda: self._store.mark_queued(marks))
+        for draft, verdict in zip(drafts, verdicts, strict=True):
             self._mine.pop(draft.record.publication, None)
+            if verdict is QueuedVerdict.LAPSED:  # this process stood still, and the reconciler gave the job up
+                draft.outcome = BrokerUnavailable("its confirm came too late", job_id=draft.record.id)
+                continue
             attached = draft.reserved is not None and draft.reserved.verdict is ReserveVerdict.ATTACHED
             record = draft.record
             if record.state is State.RESERVED:

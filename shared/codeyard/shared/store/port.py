@@ -72,6 +72,7 @@ class Queued:
 class QueuedVerdict(StrEnum):
     QUEUED = "queued"
     PASSED = "passed"  # a worker was faster, or it is final: nothing changed
+    LAPSED = "lapsed"  # ended as never published before this came: its caller must not hear that it was accepted
     MISSING = "missing"  # no record; the worker will create it from the message
 
 

@@ -87,7 +87,7 @@ def mark_queued(record: Record | None, request: Queued, now: float, timing: Timi
     if record is None:
         return Step(QueuedVerdict.MISSING)
     if record.state.final or _is_live(record, now):
-        return Step(QueuedVerdict.PASSED)
+        return Step(QueuedVerdict.LAPSED if _was_never_accepted(record) else QueuedVerdict.PASSED)
     if record.state is State.RUNNING:
         record = _without_lost_owner(record)
     return Step(

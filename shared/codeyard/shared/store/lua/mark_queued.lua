@@ -3,6 +3,7 @@ return each_job(function(job, request)
   local record = load_record(job, "state", "lease_until", "queued_at", "deadline_at", "alone", "crashes", "alone_crashes")
 
   if not record then return "missing" end
+  if was_never_accepted(job, record) then return "lapsed" end
   if FINAL[record.state] or is_live(record) then return "passed" end
   if record.state == "running" then drop_lost_owner(record) end
   change(record, {
