@@ -12,6 +12,7 @@ from codeyard.producer.gateway.anthropic import described as anthropic
 from codeyard.producer.gateway.openai import described as openai
 from codeyard.producer.gateway.openapi_schemas import (
     DONE,
+    EVENT_STREAM,
     EVENTS,
     EXAMPLES,
     JOB_ID,
@@ -196,7 +197,7 @@ def _events() -> dict[str, Any]:
             "200": {
                 "description": "`tokens`: append `text`. `restarted`: drop the text so far. `end`: the job is final. "
                 "Comments in between keep proxies from cutting a silent stream.",
-                "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
+                "content": {"text/event-stream": {"schema": EVENT_STREAM, "example": EVENTS}},
             },
             "204": {"description": "Nothing comes after that event; an EventSource stops asking."},
             **_problems("invalid-header", "invalid-parameter", "job-not-found", *CALLER_PROBLEMS),

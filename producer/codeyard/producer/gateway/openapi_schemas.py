@@ -60,6 +60,10 @@ EVENTS = (
     'id: 2\nevent: tokens\ndata: {"seq":2,"kind":"tokens","text":" < 2:","token_ids":[40,9]}\n\n'
     'id: 3\nevent: end\ndata: {"seq":3,"kind":"end","state":"succeeded"}\n\n'
 )
+EVENT_STREAM = {
+    "type": ["string", "object"],
+    "description": "Text; tools that take it apart see an object with `id`, `event` and `data` for each event.",
+}
 PROBLEM = {
     "type": "/docs#invalid-job",
     "title": "Invalid job",
