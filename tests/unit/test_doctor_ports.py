@@ -58,6 +58,20 @@ async def test_a_taken_port_is_told_with_its_owner() -> None:
         assert variable in finding.way_out
 
 
+async def test_the_port_of_grpc_is_looked_at_where_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken, or nothing installed that could listen there."""
+    with taken() as port:
+        there = place(gateway={"host": "127.0.0.1", "port": free_port(), "grpc_port": port}, answer_s=1.0)
+        _, busy, _ = await check_ports(there)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "grpc" else name)
+        _, missing, _ = await check_ports(there)
+
+    assert (busy.status, missing.status) == (Status.FAIL, Status.FAIL)
+    assert f"127.0.0.1:{port} is taken by" in busy.text
+    assert "CODEYARD_GATEWAY_GRPC_PORT" in busy.way_out
+    assert "codeyard[grpc]" in missing.way_out
+
+
 async def test_a_port_that_our_own_worker_has_is_no_trouble() -> None:
     """A doctor beside a worker that runs: it answers with our metrics."""
     with start_metrics_server(0, Metrics()) as server:

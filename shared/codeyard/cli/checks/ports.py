@@ -12,6 +12,11 @@ from codeyard.cli.checks.processes import Process, listener
 LOOPBACK = "127.0.0.1"  # where a worker serves its metrics
 METRICS = b"# HELP codeyard_"  # in what a gateway or worker of ours answers at /metrics
 READ_BYTES = 65_536
+VARIABLES = {
+    "gateway": "CODEYARD_GATEWAY_PORT",
+    "gateway's gRPC": "CODEYARD_GATEWAY_GRPC_PORT",
+    "worker metrics": "CODEYARD_WORKER_METRICS_PORT",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ async def check_ports(place: Place) -> list[Finding]:
     else:
         bound = await aside(lambda: try_port(gateway.host, gateway.port, within_s=place.answer_s))
         findings.append(port_finding("gateway", gateway.host, gateway.port, bound))
+        if gateway.grpc_port is not None:
+            findings.append(await _grpc(gateway.host, gateway.grpc_port, within_s=place.answer_s))
     if worker.metrics_port is None:
         findings.append(skipped("worker metrics: CODEYARD_WORKER_METRICS_PORT is not set"))
     else:
@@ -39,6 +46,13 @@ async def check_ports(place: Place) -> list[Finding]:
         bound = await aside(lambda: try_port(LOOPBACK, port, within_s=place.answer_s))
         findings.append(port_finding("worker metrics", LOOPBACK, port, bound))
     return findings
+
+
+async def _grpc(host: str, port: int, *, within_s: float) -> Finding:
+    if importlib.util.find_spec("grpc") is None:
+        return fail("gateway's gRPC: CODEYARD_GATEWAY_GRPC_PORT is set", "pip install 'codeyard[grpc]', or unset it")
+    bound = await aside(lambda: try_port(host, port, within_s=within_s))
+    return port_finding("gateway's gRPC", host, port, bound)
 
 
 def try_port(host: str, port: int, *, within_s: float) -> Bound:
@@ -76,7 +90,7 @@ def _answers_as_ours(host: str, port: int, *, within_s: float) -> bool:
 
 def port_finding(what: str, host: str, port: int, bound: Bound) -> Finding:
     where = f"{host}:{port}"
-    variable = "CODEYARD_GATEWAY_PORT" if what == "gateway" else "CODEYARD_WORKER_METRICS_PORT"
+    variable = VARIABLES[what]
     if port == 0:
         return ok(f"{what}: any free port of {host}")
     match bound.error:
