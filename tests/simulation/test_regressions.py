@@ -5,7 +5,7 @@ A plan is written out, not a seed: what a seed draws may change, what once went 
 
 import pytest
 from support.simulation import world
-from support.simulation.mutations import MUTATIONS
+from support.simulation.mutations import MUTATIONS, RARE
 from support.simulation.plan import Call, JobPlan, Kind, LetterFault, Plan
 from support.simulation.wire import CallFault, Phase
 
@@ -20,9 +20,17 @@ SLOW_RELEASE = Plan(
     jobs=(JobPlan(0, (Call(client=0, at_s=1.0),), kind=Kind.FAILS_ONCE),),
     faults=(CallFault("store.release", nth=1, phase=Phase.SLOW, told_s=4.0),),
 )
+STOOD_STILL = Plan(  # four jobs on one slot: nobody claims the last one before it is given up
+    seed=1,
+    jobs=tuple(JobPlan(n, (Call(client=n // 3, at_s=1.0 + n // 3),), num_tokens=10, step_s=2.0) for n in range(4)),
+    faults=(CallFault("broker.publish", nth=4, phase=Phase.STALLS, told_s=13.0),),
+    num_workers=1,
+    slots=1,
+)
 FOUND = {
     "an adopted delivery is forgotten": TAKEN_TWICE,
     "a retry's copy is published before the job waits for it": SLOW_RELEASE,
+    "a confirm that came too late is an acceptance": STOOD_STILL,
 }
 
 
@@ -35,7 +43,7 @@ def test_what_was_found_does_not_come_back(name: str) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_the_plan_still_shows_the_mistake(name: str) -> None:
     """Else the plan guards nothing."""
-    [mutation] = [one for one in MUTATIONS if one.name == name]
+    [mutation] = [one for one in (*MUTATIONS, *RARE) if one.name == name]
 
     with mutation.apply():
         assert world.run(FOUND[name]).violations

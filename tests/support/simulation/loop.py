@@ -55,7 +55,6 @@ class Process:
             for told in self.on_death:
                 told()
 
-
     def scatter(self) -> None:
         """After its end: it holds itself in several ways, and with it its world."""
         for thread in (self.main, self.keeper):

@@ -22,6 +22,8 @@ from codeyard.shared.store.port import (
     ClaimVerdict,
     Committed,
     CommitVerdict,
+    Queued,
+    QueuedVerdict,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -190,6 +192,16 @@ def _mark_queued_skipped() -> AbstractContextManager[object]:
     return patch.object(Submitter, "_accept", broken)
 
 
+def _late_confirm_accepted() -> AbstractContextManager[object]:
+    original = transitions.mark_queued
+
+    def broken(record: Record | None, request: Queued, now: float, timing: Timing) -> Step[QueuedVerdict]:
+        step = original(record, request, now, timing)
+        return Step(QueuedVerdict.PASSED) if step.outcome is QueuedVerdict.LAPSED else step
+
+    return patch.object(transitions, "mark_queued", broken)
+
+
 def _never_republished() -> AbstractContextManager[object]:
     async def broken(*_: object) -> int:
         return 0
@@ -325,4 +337,8 @@ MUTATIONS = (
     Mutation("a restart is not told to readers", _restart_not_told),
     Mutation("an adopted delivery is forgotten", _adopted_delivery_forgotten),
     Mutation("a retry's copy is published before the job waits for it", _retry_published_first),
+)
+
+RARE = (  # too rare for a few thousand schedules; tests/simulation/test_regressions.py has the plans that show them
+    Mutation("a confirm that came too late is an acceptance", _late_confirm_accepted),
 )

@@ -34,13 +34,14 @@ class Phase(StrEnum):
     DIES_BEFORE = "dies before"  # the caller's process ends, and the call with it
     DIES_AFTER = "dies after"  # it ends with the call done
     SLOW = "slow"  # nothing but late, the answer too
+    STALLS = "stalls"  # done at once; the caller's process stands still from the call on, for told_s + late_s
 
     @property
     def side(self) -> str | None:
         """Of the call's effect."""
         if self in (Phase.BEFORE, Phase.DIES_BEFORE):
             return "before"
-        return None if self is Phase.SLOW else "after"
+        return None if self in (Phase.SLOW, Phase.STALLS) else "after"
 
 
 DEADLY = frozenset({Phase.DIES_BEFORE, Phase.DIES_AFTER})
@@ -209,6 +210,10 @@ class Wire:
             return
         self._troubled(fault)
         weather.say(self._process.name, f"{name} {_brief(group)} !! {fault.phase}")
+        if fault.phase is Phase.STALLS:
+            self._stall(fault)
+            self._after(there_s, self._do, name, group, apply)
+            return
         if fault.phase is Phase.SLOW:
             self._after(fault.told_s, self._do, name, group, apply)
         elif fault.phase.side == "after":
@@ -223,6 +228,8 @@ class Wire:
         self._weather.say(self._process.name, f"{name} !! {fault.phase}")
         if fault.phase in DEADLY:
             self._after(0.0, self._process.die)
+        if fault.phase is Phase.STALLS:
+            self._stall(fault)
         return fault.phase
 
     @property
@@ -238,6 +245,11 @@ class Wire:
         self._loop.call_later(delay_s, callback, context=self._process.main.context.copy())
 
     # -------------------------------------------------------------------------------------------------
+
+    def _stall(self, fault: CallFault) -> None:
+        for thread in (self._process.main, self._process.keeper):
+            self._loop.stop_thread(thread)
+            self._after(fault.told_s + fault.late_s, self._loop.resume_thread, thread)
 
     def _troubled(self, fault: CallFault) -> None:
         self._weather.on_trouble(self._process.name, fault.told_s + fault.late_s)
@@ -309,6 +321,9 @@ class Wire:
                 self._after(there_s, self._do_and_die, name, group, apply)
             case Phase.SLOW:
                 self._after(fault.told_s, self._serve, name, group, apply, answer)
+            case Phase.STALLS:
+                self._stall(fault)
+                self._after(there_s, self._serve, name, group, apply, answer)
 
     def _do_and_die(self, name: str, group: Sequence[R], apply: "Apply[R, T]") -> None:
         self._do(name, group, apply, " (and died)")
