@@ -7,8 +7,9 @@ import hmac
 import io
 import json
 import logging
+import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,20 @@ from codeyard.shared.store import transitions
 from codeyard.shared.store.port import CallbackOutcome, Timing
 from codeyard.shared.telemetry import JsonFormatter
 
+DOCS = Path(__file__).parents[2] / "docs"
 KEY = b"0123456789abcdef0123456789abcdef"
 SECRET = "whsec_" + base64.b64encode(KEY).decode()
 HOST = "hooks.example.com"
+
+
+def documented_recipe() -> Callable[[str, Mapping[str, str], bytes], bool]:
+    """The function that docs/webhooks.md shows to receivers."""
+    found = re.search(r"```python\n(.*?)```", (DOCS / "webhooks.md").read_text(), re.DOTALL)
+    assert found
+    names: dict[str, Any] = {}
+    exec(found[1], names)  # noqa: S102 - our own page
+    verified: Callable[[str, Mapping[str, str], bytes], bool] = names["verified"]
+    return verified
 
 
 def webhook(receiver: Receiver, **more: Any) -> WebhookSettings:
@@ -84,7 +96,7 @@ async def callback_of(gateway: GatewayUnderTest, job_id: str, state: str) -> str
 
 
 async def test_the_end_of_a_job_is_told_with_a_signature_that_the_documented_recipe_verifies(backend: Backend) -> None:
-    """docs/webhooks.md tells receivers to do exactly this."""
+    """docs/webhooks.md tells receivers to do exactly this, and its Python does it."""
     async with receiving() as receiver, gateway_with(backend, webhook(receiver)) as gateway:
         job_id = await ended(gateway, f"http://localhost:{receiver.port}/jobs?from=yard", metadata={"ticket": 7})
         [told] = await receiver.wait_for(1)
@@ -95,6 +107,11 @@ async def test_the_end_of_a_job_is_told_with_a_signature_that_the_documented_rec
     key = base64.b64decode(SECRET.removeprefix("whsec_"))
     expected = "v1," + base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
     assert told.headers["webhook-signature"] == expected
+    verified = documented_recipe()
+    assert verified(SECRET, told.headers, told.body)
+    assert not verified(SECRET, told.headers, told.body.replace(b"succeeded", b"failed"))
+    assert not verified("whsec_" + "A" * 44, told.headers, told.body)
+    assert not verified(SECRET, {**told.headers, "webhook-timestamp": "1614265330"}, told.body)
     assert (told.method, told.path) == ("POST", "/jobs?from=yard")
     assert abs(int(told.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
     message = json.loads(told.body)

@@ -162,16 +162,11 @@ class BreakerSettings(_Group):
 class WebhookSettings(_Group):
     """Callers told of their jobs' ends: docs/webhooks.md. Off as long as no host is allowed."""
 
-    allowed_hosts: tuple[
-        HostPattern, ...
-    ] = ()  # example.com, *.example.com, example.com:8443; no port: the default one
+    # example.com, *.example.com, example.com:8443; without a port the scheme's own
+    allowed_hosts: tuple[HostPattern, ...] = ()
     allow_http: bool = False  # in the clear; for receivers in the same network
-    private_networks: tuple[
-        IPvAnyNetwork, ...
-    ] = ()  # addresses that are not public and may be connected to all the same
-    secret: SecretStr | None = (
-        None  # whsec_ and base64 of 24 to 64 bytes; two with a blank between while one is changed
-    )
+    private_networks: tuple[IPvAnyNetwork, ...] = ()  # not public, and may be connected to all the same
+    secret: SecretStr | None = None  # whsec_ and base64 of 24 to 64 bytes; two, with a blank, while one is changed
     secrets: dict[Tenant, SecretStr] = Field(default_factory=dict)  # of single tenants, in its place
     timeout_s: PositiveFloat = 10.0  # for one request, names and connection included
     delays_s: tuple[NonNegativeFloat, ...] = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0)  # after each failure;
@@ -511,10 +506,8 @@ def _explain(error: ValidationError, inside: str = "") -> str:
         if not names:  # of the whole, as checked by a validator of ours
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
-        if item["type"] == "value_error" and names in (
-            ["auth"],
-            ["webhook"],
-        ):  # of a whole group; its input holds secrets
+        of_group = names in (["auth"], ["webhook"])  # of a whole group; its input holds secrets
+        if item["type"] == "value_error" and of_group:
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
         variable = f"{inside}{'.'.join(names)}" if inside else "CODEYARD_" + "_".join(names).upper()
