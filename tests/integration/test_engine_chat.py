@@ -224,8 +224,9 @@ class TestVllm(ChatContract):
             OutputFormat(type="json_schema", json_schema={"type": "no such type"}),
             OutputFormat(type="regex", regex="(("),
         ):
-            with pytest.raises(JobRejected):
+            with pytest.raises(JobRejected) as caught:
                 await run(engine, job("bad", output_format=form))
+            assert caught.value.code == "unsupported"
         assert len((await neighbour)[-1].token_ids) == 24
 
     @pytest.mark.parametrize("stream", [False, True])

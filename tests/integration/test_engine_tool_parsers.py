@@ -2,16 +2,19 @@
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from codeyard.shared.chat import Chat, Message, Tool
-from codeyard.shared.errors import EngineUnavailable
+from codeyard.shared.chat import Chat, Message, Tool, ToolCall
+from codeyard.shared.errors import EngineUnavailable, JobRejected
 from codeyard.shared.job import Lane, Sampling
+from codeyard.worker.engines.chat import prompt_ids
 from codeyard.worker.engines.models import starter_directory
 from codeyard.worker.engines.port import Delta, EngineJob
 from codeyard.worker.engines.tool_calls import call_id
@@ -125,6 +128,35 @@ def test_a_parser_that_is_not_there_is_named_with_those_that_are(tokenizer: Any)
     """At start, not when the first call comes."""
     with pytest.raises(EngineUnavailable, match=r"TOOL_CALL_PARSER: .*'telepathy'; it has .*hermes"):
         VllmTools(tokenizer, "telepathy")
+
+
+def test_a_tokenizer_of_mistrals_own_renders_by_itself(tmp_path: Path) -> None:
+    """Codestral and Devstral come with one: no Jinja, ids of calls of nine characters, calls in its own form."""
+    mistral_common = pytest.importorskip("mistral_common")
+    from vllm.tokenizers.mistral import MistralTokenizer
+
+    shipped = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_241114.model.v7"
+    shutil.copy(shipped, tmp_path / "tokenizer.model.v7")
+    own = MistralTokenizer.from_pretrained(tmp_path)
+    user, long_id = Message(role="user", content="look"), call_id("job", 0)
+    call = Message(role="assistant", tool_calls=(ToolCall(id=long_id, name="look", arguments=SAID),))
+    answer = Message(role="tool", tool_call_id=long_id, content="x = 1")
+
+    def read_by_model(*messages: Message, tools: tuple[Tool, ...] = ()) -> str:
+        ids = prompt_ids(own, Chat(messages=messages, tools=tools), template=None)
+        return str(own.decode(ids, skip_special_tokens=False)).replace("\u2581", " ")
+
+    assert read_by_model(user) == "<s>[INST] look[/INST]"
+    assert read_by_model(user, Message(role="assistant", content="I")).endswith("[/INST] I")
+    talk = read_by_model(user, call, answer, tools=(LOOK,))
+    assert long_id[-9:] in talk
+    assert long_id not in talk
+    assert '"name": "look"' in talk
+    with pytest.raises(JobRejected, match="the model's tokenizer refuses the conversation"):
+        read_by_model(user, answer)
+    with pytest.raises(JobRejected, match="CODEYARD_ENGINE_CHAT_TEMPLATE"):
+        prompt_ids(own, Chat(messages=(user,)), template="{{ messages }}")
+    assert VllmTools(own, "mistral").of(job_of(LOOK))[0] is not None
 
 
 class Broken:

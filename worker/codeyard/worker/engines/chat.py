@@ -16,6 +16,7 @@ from codeyard.shared.job import Prompt
 
 SETTING = "CODEYARD_ENGINE_CHAT_TEMPLATE"
 SAID_CHARS = 300  # of a template's own complaint
+MISTRAL_ID_CHARS = 9  # of a call's id, which Mistral's models write and read
 
 
 def template_text(setting: str | None) -> str | None:
@@ -37,20 +38,44 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, template: str | None) -> list[
         return list(prompt)
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt))
+    last = prompt.messages[-1]
+    if last.role == "assistant" and last.tool_calls:
+        raise JobRejected("invalid_prompt", "the last message calls tools, and their answers are not there")
+    if not hasattr(tokenizer, "chat_template"):
+        return _encoded(tokenizer, prompt, template)
     # Special tokens are written by the template, where the model expects any.
     return list(tokenizer.encode(_rendered(tokenizer, prompt, template), add_special_tokens=False))
 
 
+def _encoded(tokenizer: Any, chat: Chat, template: str | None) -> list[int]:
+    """By a tokenizer that has no templates and knows its model's conversations: Mistral's, in vLLM."""
+    if template is not None:
+        raise JobRejected("unsupported", f"this model's tokenizer renders conversations itself: leave {SETTING} out")
+    goes_on = chat.messages[-1].role == "assistant"
+    messages = messages_of(chat)
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["id"] = call["id"][-MISTRAL_ID_CHARS:]
+        if "tool_call_id" in message:
+            message["tool_call_id"] = message["tool_call_id"][-MISTRAL_ID_CHARS:]
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, tools_of(chat), add_generation_prompt=not goes_on, continue_final_message=goes_on
+        )
+    except Exception as error:
+        # Its own library's errors, of many classes; all mean that it does not take this conversation.
+        said = str(error)[:SAID_CHARS]
+        raise JobRejected("invalid_prompt", f"the model's tokenizer refuses the conversation: {said}") from None
+    return list(ids)
+
+
 def _rendered(tokenizer: Any, chat: Chat, template: str | None) -> str:
-    if template is None and getattr(tokenizer, "chat_template", None) is None:
+    if template is None and tokenizer.chat_template is None:
         raise JobRejected(
             "no_chat_template",
             f"this model comes without a chat template: set {SETTING} to one, or send the prompt as text",
         )
-    last = chat.messages[-1]
-    if last.role == "assistant" and last.tool_calls:
-        raise JobRejected("invalid_prompt", "the last message calls tools, and their answers are not there")
-    goes_on = last.role == "assistant"
+    goes_on = chat.messages[-1].role == "assistant"
     try:
         text = tokenizer.apply_chat_template(
             messages_of(chat),

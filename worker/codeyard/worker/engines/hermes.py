@@ -37,7 +37,8 @@ def hermes_calls(job: EngineJob, engine: str) -> Calls | None:
 
 def hides_calls(tokenizer: Any) -> bool:
     """Whether its text without special tokens has lost the tags: in some models they are special, in some not."""
-    return any(token.special for token in tokenizer.added_tokens_decoder.values() if token.content in (OPEN, CLOSE))
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # Mistral's own tokenizers have none
+    return any(token.special for token in added.values() if token.content in (OPEN, CLOSE))
 
 
 class _In(Enum):

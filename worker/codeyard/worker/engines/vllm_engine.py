@@ -28,7 +28,7 @@ from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Adapter, Delta, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.engines.remains import Remains
 from codeyard.worker.engines.vllm_load import Stats, load
-from codeyard.worker.engines.vllm_params import logprobs_of, sampling_params
+from codeyard.worker.engines.vllm_params import forces_form, logprobs_of, sampling_params
 from codeyard.worker.engines.vllm_tools import VllmTools
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class VllmEngine:
         except (JobFailed, EngineDead):
             raise
         except Exception as error:
-            raise self._translated(error) from error
+            raise self._translated(error, "unsupported" if forces_form(job) else "invalid_prompt") from error
         finally:
             del self._ids[request_id]
             self._aborted.discard(request_id)
@@ -295,11 +295,12 @@ class VllmEngine:
             case _:
                 completion.end("stop")
 
-    def _translated(self, error: Exception) -> Exception:
+    def _translated(self, error: Exception, code: str = "invalid_prompt") -> Exception:
+        """`code`: of a job that vLLM refuses."""
         if isinstance(error, self._dead_error) or self._closing is not None or self._llm.errored:
             return EngineDead(f"the vllm engine died: {error}")
         if isinstance(error, self._client_error | ValueError):
-            return JobRejected("invalid_prompt", str(error))
+            return JobRejected(code, str(error))
         return JobFailed(f"{type(error).__name__}: {error.__cause__ or error}")
 
 

@@ -21,8 +21,7 @@ def sampling_params(job: EngineJob, *, room: int) -> Any:
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = job.sampling
-    forced = forced_schema(job.prompt) if isinstance(job.prompt, Chat) and job.prompt.offers_tools else None
-    form = _format(asked.output_format) if forced is None else {"json": forced}
+    form = _form(job)
     return SamplingParams(
         **{"temperature": 0.0, **asked.model_dump(exclude_none=True, exclude=OURS)},
         max_tokens=room,
@@ -31,6 +30,11 @@ def sampling_params(job: EngineJob, *, room: int) -> Any:
         # Stop strings need every token: they are looked for here.
         output_kind=RequestOutputKind.DELTA if job.stream or asked.stop else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def forces_form(job: EngineJob) -> bool:
+    """Whether the model may not write what it likes: then what vLLM refuses is that form."""
+    return bool(_form(job))
 
 
 def logprobs_of(output: Any, decode: Decode, *, num_top: int) -> list[TokenLogprob]:
@@ -46,11 +50,19 @@ def logprobs_of(output: Any, decode: Decode, *, num_top: int) -> list[TokenLogpr
     ]
 
 
-def _format(asked: OutputFormat | None) -> dict[str, Any]:
-    if asked is None:
-        return {}
-    if asked.json_schema == {}:
-        return {"json_object": True}
-    if asked.json_schema is not None:
-        return {"json": asked.json_schema}
-    return {"regex": asked.regex} if asked.regex is not None else {"choice": list(asked.choice or ())}
+def _form(job: EngineJob) -> dict[str, Any]:
+    """Arguments of StructuredOutputsParams; none where the answer is free."""
+    forced = forced_schema(job.prompt) if isinstance(job.prompt, Chat) and job.prompt.offers_tools else None
+    if forced is not None:
+        return {"json": forced}
+    match job.sampling.output_format:
+        case None:
+            return {}
+        case OutputFormat(json_schema={} as schema) if not schema:
+            return {"json_object": True}
+        case OutputFormat(type="json_schema", json_schema=schema):
+            return {"json": schema}
+        case OutputFormat(type="regex", regex=regex):
+            return {"regex": regex}
+        case OutputFormat(choice=choice):
+            return {"choice": list(choice or ())}
