@@ -6,6 +6,7 @@ from typing import Any
 
 from codeyard.producer.gateway.anthropic.errors import ENDINGS, STATUS_OF, TYPES
 from codeyard.producer.gateway.anthropic.parameters import COMPLETE, MESSAGES, Parameter
+from codeyard.producer.gateway.openapi_schemas import EVENT_STREAM
 from codeyard.producer.gateway.problems import KINDS
 
 REFUSALS = (
@@ -115,7 +116,7 @@ def _body(table: Sequence[Parameter], required: Sequence[str], example: Mapping[
 def _answers(description: str, example: Mapping[str, Any], *, stream: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}, "example": example}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "example": FRAMES}
+        content["text/event-stream"] = {"schema": EVENT_STREAM, "example": FRAMES}
     kinds: dict[int, list[str]] = {500: []}
     for kind in REFUSALS:
         kinds.setdefault(STATUS_OF.get(kind, KINDS[kind].status), []).append(kind)
