@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
+from unittest.mock import create_autospec
 
 import httpx
 from fastapi import FastAPI
@@ -11,9 +12,12 @@ from fastapi import FastAPI
 from codeyard.producer.gateway.app import Probe, create_app
 from codeyard.producer.gateway.auth import Authenticator, Development
 from codeyard.producer.gateway.limits import Limits, States
+from codeyard.producer.gateway.shelves import Shelves
 from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.surfaces import surfaces
 from codeyard.shared.alias import Alias
+from codeyard.shared.blobs.port import BlobStore
+from codeyard.shared.documents.port import DocumentStore
 from codeyard.shared.errors import JobNotFound, ResultTimeout
 from codeyard.shared.job import JobId, Lane, job_id_for_key
 from codeyard.shared.limits.rules import GiveBack, Level, Live, Take, Taken, Verdict, take
@@ -195,6 +199,7 @@ def app_over(
         stopping or asyncio.Event(),
         cast(Store, models or MadeUpModels()),
         heartbeat_s,
+        shelves=Shelves(create_autospec(BlobStore), create_autospec(DocumentStore)),  # there, and asked for nothing
     )
     return create_app(
         jobs,

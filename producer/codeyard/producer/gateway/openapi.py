@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from codeyard.producer.gateway.anthropic import described as anthropic
+from codeyard.producer.gateway.batches import described as batches
 from codeyard.producer.gateway.openai import described as openai
 from codeyard.producer.gateway.openapi_schemas import (
     DONE,
@@ -51,6 +52,7 @@ def describe() -> dict[str, Any]:
             "/v1/jobs/{job_id}/events": {"get": _events()},
             **openai.paths(),
             **anthropic.paths(),
+            **batches.paths(),
             **_admin(),
             "/healthz": {
                 "get": _operation("health", "Is the process alive?", {"200": _json("Yes.", {"status": "ok"})})

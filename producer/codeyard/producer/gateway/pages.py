@@ -64,7 +64,7 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         rows = ((f"<code>{p['name']}</code>", p["in"], _text(p["description"])) for p in parameters)
         parts.append(_table(("parameter", "in", ""), rows))
     if body := operation.get("requestBody"):
-        content = body["content"]["application/json"]
+        [content] = body["content"].values()
         parts.append(f"<h3>Body: {_type(content['schema'])}</h3>{_code(content['example'])}")
     refusals = []
     for status, answer in operation["responses"].items():
