@@ -137,6 +137,21 @@ async def test_without_valid_credentials_no_method_says_anything(
         assert all(value not in (error.details() or "") for _, value in shown)
 
 
+async def test_of_a_caller_without_credentials_no_message_is_read(embedded: Backend) -> None:
+    """One that is far too long ends as if it were short: nobody has looked at it, nor kept room for it."""
+    settings = settings_of(embedded, max_body_bytes=100_000)
+    async with gateway_running(settings) as gateway, stub_to(gateway) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await Caller(stub).submit(pb.Submission(text="x" * 1_000_000, model=MODEL))
+        with pytest.raises(grpc.aio.AioRpcError) as let_in:
+            await Caller(stub, bearer()).submit(pb.Submission(text="x" * 1_000_000, model=MODEL))
+        counted = await gateway.metric('codeyard_grpc_calls_total{route="Submit",status="UNAUTHENTICATED"}')
+
+    assert refused.value.code() is Code.UNAUTHENTICATED
+    assert let_in.value.code() is Code.RESOURCE_EXHAUSTED
+    assert counted == 1
+
+
 async def test_each_method_asks_for_its_scope(embedded: Backend) -> None:
     """A credential that leaked from a dashboard must not be able to submit or cancel."""
     async with gateway_running(settings_of(embedded)) as gateway, stub_to(gateway) as stub:

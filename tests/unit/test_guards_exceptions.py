@@ -41,7 +41,7 @@ CALLERS = {
     "redis": {"redis_link", "redis_probe", "redis_wakeups"},
     "httpx": {"demo", "jwks", "producing"},  # demo and drill stand for a backend service: nobody's adapter
     # What it raises: test_rpc_refusals.py.
-    "grpc": {"calls", "client", "client_inference", "codeyard_pb2_grpc", "link", "refusals", "serving"},
+    "grpc": {"calls", "client", "client_inference", "codeyard_pb2_grpc", "door", "link", "refusals", "serving"},
     "jwt": {"jwks", "tokens"},  # what it raises: test_auth_tokens.py
 }
 

@@ -89,8 +89,12 @@ class Call:
 
     def values(self, name: str) -> Sequence[str]:
         """Of one header, all, in order."""
-        given = self.context.invocation_metadata() or ()
-        return [value for key, value in given if key == name and isinstance(value, str)]
+        return values_in(self.context.invocation_metadata(), name)
+
+
+def values_in(metadata: Any, name: str) -> Sequence[str]:
+    """`metadata`: pairs, as gRPC has them of a call; None of one without any."""
+    return [value for key, value in metadata or () if key == name and isinstance(value, str)]
 
 
 def told_of(error: Exception) -> Told | None:

@@ -24,6 +24,7 @@ from codeyard.producer.gateway.waiting import unless
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.producer.rpc.calls import Calls
 from codeyard.producer.rpc.codeyard_pb2_grpc import add_FleetServicer_to_server
+from codeyard.producer.rpc.door import Door
 from codeyard.producer.rpc.server import Fleet
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 
@@ -52,7 +53,8 @@ async def serving(
     Raises SettingsError if the port cannot be had."""
     calls = Calls(jobs, auth, limits, kit.metrics)
     fleet = Fleet(kit, calls)
-    server = grpc.aio.server(options=_options(kit.settings.max_body_bytes))
+    door = Door(SERVICE, auth, calls)
+    server = grpc.aio.server(interceptors=[door], options=_options(kit.settings.max_body_bytes))
     add_FleetServicer_to_server(fleet, server)
     told = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(told, server)
