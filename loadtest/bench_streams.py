@@ -5,7 +5,7 @@
 
 Starts `codeyard gateway` and a `codeyard worker` on the simulated engine, without URLs on a new embedded file.
 First `--idle` readers of one job that never says a word: the gateway's memory (resident set, by difference, after a
-round of readers that came and went) and its CPU time while nothing happens. Then `--streams` jobs, `--at-once` of
+few readers that came and went) and its CPU time while nothing happens. Then `--streams` jobs, `--at-once` of
 them under way: each is submitted, followed while it runs, and its stream compared with the stored result: the same
 text, sequence numbers 1, 2, 3 and so on, one `end`, at the end. Three of four readers hang up after one to three
 events and resume with Last-Event-ID. Prints one JSON line; the exit status is 1 unless every stream was whole.
@@ -31,6 +31,7 @@ from typing import Any
 START_S = 60.0
 RETRY_S = 1.0  # before a submission that was refused is sent again
 PATIENCE_S = 300.0  # for one stream, on a machine that does other things too
+WARM_UP_READERS = 20
 IDLE_S = 10.0  # of watching readers to whom nothing is said
 MAX_TOKENS = (1, 96)  # of a job, drawn evenly
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -172,8 +173,8 @@ class Idle:
 
 
 async def measure_idle(caller: Caller, job_id: str, pid: int, *, readers: int, watch_s: float = IDLE_S) -> Idle:
-    """What `readers` more cost a gateway that has served as many before: pools and code are there already."""
-    async with open_readers(caller, job_id, readers):
+    """What `readers` cost a gateway that has served a few before, so that its code is loaded and nothing else."""
+    async with open_readers(caller, job_id, WARM_UP_READERS):
         pass
     await asyncio.sleep(watch_s / 2)
     before = resident_bytes(pid)
