@@ -94,7 +94,7 @@ async def test_a_lane_is_chosen_by_tier_and_by_header(fields: Any, header: str |
     """Anthropic has no word for bulk; its SDKs let one add a header."""
     jobs = jobs_done()
 
-    await post(jobs, {**BODY, **fields}, headers={"codeyard-lane": header} if header else {})
+    await post(jobs, {**BODY, **fields}, headers={"x-codeyard-lane": header} if header else {})
 
     assert jobs.submitted[0]["lane"] is lane
 
@@ -104,7 +104,7 @@ async def test_a_job_of_the_bulk_lane_has_a_day_and_one_that_is_waited_for_an_ho
     jobs = jobs_done()
 
     await post(jobs)
-    await post(jobs, headers={"codeyard-lane": "bulk"})
+    await post(jobs, headers={"x-codeyard-lane": "bulk"})
 
     assert [job["timeout_s"] for job in jobs.submitted] == [3_600.0, 86_400.0]
 
@@ -364,7 +364,7 @@ async def test_limits_are_told_in_anthropics_headers() -> None:
         ({"content-type": "text/plain"}, b"{}", (415, "invalid_request_error")),
         ({}, b'{"x":"' + b"y" * 3_000 + b'"}', (413, "request_too_large")),
         ({"idempotency-key": " "}, b"{}", (400, "invalid_request_error")),
-        ({"codeyard-lane": "fast"}, None, (400, "invalid_request_error")),
+        ({"x-codeyard-lane": "fast"}, None, (400, "invalid_request_error")),
     ],
 )
 async def test_a_request_that_is_wrong_as_such_is_refused_in_the_same_words(

@@ -53,7 +53,7 @@ ERROR = {
 
 def paths() -> dict[str, Any]:
     key = _header("Idempotency-Key", "Your name for the job: the same request under it gets the same answer.")
-    lane = _header("codeyard-lane", "interactive (the default), standard or bulk; wins over `service_tier`.")
+    lane = _header("x-codeyard-lane", "interactive (the default), standard or bulk; wins over `service_tier`.")
     return {
         "/v1/messages": {
             "post": _operation(

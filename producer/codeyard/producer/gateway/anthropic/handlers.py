@@ -34,7 +34,7 @@ from codeyard.shared.errors import FleetError
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, Lane
 from codeyard.shared.record import EventKind, JobStatus, State
 
-LANE = "codeyard-lane"  # header; over the lane that the body's service_tier means
+LANE = "x-codeyard-lane"  # header; over the lane that the body's service_tier means
 WAITED_S = 3_600.0  # for a job somebody waits for; the SDKs give up after 600 s, and may come back
 COUNT_S = 60.0
 FIRST_S = 5.0  # a stream begins after so long without a word; until then a job that fails is a status, not an event
