@@ -27,10 +27,16 @@ STOOD_STILL = Plan(  # four jobs on one slot: nobody claims the last one before 
     num_workers=1,
     slots=1,
 )
+DROPPED = Plan(
+    seed=1,
+    jobs=(JobPlan(0, (Call(client=0, at_s=1.0),)),),
+    faults=(LetterFault("dropped", nth=1), CallFault("store.commit", nth=1, phase=Phase.DIES_BEFORE)),
+)
 FOUND = {
     "an adopted delivery is forgotten": TAKEN_TWICE,
     "a retry's copy is published before the job waits for it": SLOW_RELEASE,
     "a confirm that came too late is an acceptance": STOOD_STILL,
+    "a dropped message is acked before its job is failed": DROPPED,
 }
 
 

@@ -86,13 +86,14 @@ async def settle_dropped(broker: Broker, store: Store, topology: Topology, stop:
 
     Until `stop` is set. Order: publish to the dead-letter queue, commit, ack.
     """
+    owner = f"dropped:{new_nonce()}"  # one for all tries: a claim whose answer was lost is found again
     while not stop.is_set():
         try:
             consumer = await broker.consume({topology.dropped_queue: GROUP})
             try:
                 while True:
                     group = await consumer.receive(GROUP)
-                    await _settle_dropped(broker, store, group)
+                    await _settle_dropped(broker, store, owner, group)
                     await consumer.ack(group)
             finally:
                 await consumer.close()
@@ -138,24 +139,34 @@ async def _publish_again(
     return len(confirmed)
 
 
-async def _settle_dropped(broker: Broker, store: Store, group: Sequence[Delivery]) -> None:
+async def _settle_dropped(broker: Broker, store: Store, owner: str, group: Sequence[Delivery]) -> None:
+    """Return when these may be acked: each job is final, or someone alive has a delivery of its own."""
     opened = [(delivery, _opened(delivery)) for delivery in group]
     await _dead_letter(broker, [delivery for delivery, _ in opened])
-    envelopes = [envelope for _, envelope in opened if envelope is not None]
+    held = await _fail_dropped(store, owner, [envelope for _, envelope in opened if envelope is not None])
+    if held:
+        # Mostly a process that died, or lost its answer, between this claim and the commit: it never renews.
+        await asyncio.sleep(max(hold_s for _, hold_s in held))
+        await _fail_dropped(store, owner, [envelope for envelope, _ in held])
+
+
+async def _fail_dropped(store: Store, owner: str, envelopes: Sequence[Envelope]) -> list[tuple[Envelope, float]]:
+    """Commit what can be claimed. What another owner holds is left: seconds until its lease is over."""
     if not envelopes:
-        return
-    owner = f"dropped:{new_nonce()}"
+        return []
     claims = [
         Claim(e.job, e.digest, e.publication, owner, e.incarnation, e.published_at, e.deadline_at) for e in envelopes
     ]
+    answers = list(zip(envelopes, await store.claim(claims), strict=True))
     failure = Failure(code="dropped_by_broker", message="the broker dead-lettered this job's message")
     commits = [
         Commit(envelope.job.id, answer.fence, envelope.publication, Result(state=State.FAILED, error=failure))
-        for envelope, answer in zip(envelopes, await store.claim(claims), strict=True)
+        for envelope, answer in answers
         if answer.verdict in (ClaimVerdict.RUN, ClaimVerdict.ADOPT, ClaimVerdict.POISON)
     ]
-    if commits:
-        await store.commit(commits)
+    if commits and not all(answer.may_ack for answer in await store.commit(commits)):
+        raise StoreUnavailable("its answers took longer than a lease")  # all of them come again
+    return [(envelope, answer.hold_s) for envelope, answer in answers if answer.verdict is ClaimVerdict.HOLD]
 
 
 async def _dead_letter(broker: Broker, group: Sequence[Delivery]) -> None:

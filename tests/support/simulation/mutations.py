@@ -209,6 +209,16 @@ def _never_republished() -> AbstractContextManager[object]:
     return patch.object(reconciler, "_publish_again", broken)
 
 
+def _dropped_acked_first() -> AbstractContextManager[object]:
+    original = reconciler._fail_dropped
+
+    async def broken(*args: Any) -> list[Any]:
+        await original(*args)
+        return []
+
+    return patch.object(reconciler, "_fail_dropped", broken)
+
+
 # The worker's side -----------------------------------------------------------------------------------
 
 
@@ -341,4 +351,5 @@ MUTATIONS = (
 
 RARE = (  # too rare for a few thousand schedules; tests/simulation/test_regressions.py has the plans that show them
     Mutation("a confirm that came too late is an acceptance", _late_confirm_accepted),
+    Mutation("a dropped message is acked before its job is failed", _dropped_acked_first),
 )
