@@ -29,7 +29,7 @@ from codeyard.worker.engines.port import Adapter, Delta, EngineInfo, EngineJob, 
 from codeyard.worker.engines.remains import Remains
 from codeyard.worker.engines.vllm_load import Stats, load
 from codeyard.worker.engines.vllm_params import forces_form, logprobs_of, sampling_params
-from codeyard.worker.engines.vllm_tools import VllmTools
+from codeyard.worker.engines.vllm_tools import VllmTools, parser_class
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +91,10 @@ class VllmEngine:
         stats = Stats()
         settings = settings.model_copy(update={"chat_template": template_text(settings.chat_template)})
         async with _loading:
+            if settings.tool_call_parser is not None:  # a wrong name is told before minutes of loading
+                await asyncio.to_thread(parser_class, settings.tool_call_parser)
             llm, held = await _loaded(source, settings, stats)
-        try:
-            tools = VllmTools(llm.get_tokenizer(), settings.tool_call_parser)
-        except EngineUnavailable:
-            await _dismantle(llm, held.processes, held.remains)
-            raise
+        tools = VllmTools(llm.get_tokenizer(), settings.tool_call_parser)
         import vllm
 
         info = EngineInfo(

@@ -6,6 +6,7 @@ Called by: vllm_engine.
 """
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from codeyard.worker.engines.forced import forced_reader
 from codeyard.worker.engines.hermes import HermesReader, hides_calls
 from codeyard.worker.engines.port import EngineJob
 from codeyard.worker.engines.tool_calls import CallReader, Calls, Piece, Read
+from codeyard.worker.engines.vllm_load import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +31,9 @@ class VllmTools:
     """How the calls of one model are read. `parser` is vLLM's name for it."""
 
     def __init__(self, tokenizer: Any, parser: str | None) -> None:
-        """Raises EngineUnavailable for a name that this vLLM does not have."""
         self._tokenizer = tokenizer
         self._hides_calls = hides_calls(tokenizer)
-        self._parser = None if parser is None else _parser_class(parser)
+        self._parser = None if parser is None else parser_class(parser)
 
     def of(self, job: EngineJob) -> "tuple[Calls | None, bool]":
         """(what reads the job's calls, whether it needs the special tokens in the text)."""
@@ -125,7 +126,10 @@ class ParserReader:
         return Piece(call.index, _name(name), arguments)
 
 
-def _parser_class(name: str) -> Any:
+def parser_class(name: str) -> Any:
+    """Imports vLLM. Raises EngineUnavailable for a name that it does not have."""
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     from vllm.tool_parsers import ToolParserManager
 
     try:
