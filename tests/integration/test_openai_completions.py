@@ -13,6 +13,8 @@ from support.openai_sdk import MODEL, Yard, yards
 from codeyard.shared.chat import Chat, Message
 from codeyard.worker.engines.simulated import simulated_completion
 
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
 PROMPT = "def add(a, b):\n"
 
 

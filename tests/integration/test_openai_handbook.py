@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.openai_sdk import Yard, yards
 
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
 TEXT = (Path(__file__).parents[2] / "docs" / "openai.md").read_text()
 ADDRESS = "http://localhost:8080"
 

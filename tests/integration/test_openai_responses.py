@@ -15,6 +15,8 @@ from support.openai_sdk import MODEL, Yard, yards
 from codeyard.shared.chat import Chat, Message
 from codeyard.worker.engines.simulated import simulated_completion
 
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
 
 @pytest.fixture(scope="module", params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
 def yard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
@@ -172,7 +174,12 @@ def test_a_stream_goes_on_when_its_worker_is_killed_and_no_token_is_lost(mortal:
 def test_a_stream_that_had_to_begin_again_ends_in_the_sdks_error_and_the_key_gets_the_answer(mortal: Yard) -> None:
     """With a seed a job cannot be continued exactly, so what was told does not count."""
     client = mortal.client(timeout=60, default_headers={"Idempotency-Key": "seeded"})
-    ask: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "a seed"}], "seed": 7, "stream": True}
+    ask: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "a seed"}],
+        "seed": 7,
+        "stream": True,
+    }
     stream = iter(client.chat.completions.create(**ask))
     for _ in range(3):
         next(stream)

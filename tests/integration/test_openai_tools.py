@@ -8,6 +8,8 @@ import openai
 import pytest
 from support.openai_sdk import MODEL, Yard, yards
 
+pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
+
 WEATHER: dict[str, Any] = {
     "name": "weather",
     "description": "The weather in a city",
