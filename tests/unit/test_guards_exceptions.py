@@ -39,7 +39,8 @@ CALLERS = {
     "pamqp": RABBITMQ,
     "pika": {"pika_publisher", "probes"},  # probes: only asks whether a server answers
     "redis": {"redis_link", "redis_probe", "redis_wakeups"},
-    "httpx": {"demo", "jwks", "producing"},  # demo and drill stand for a backend service: nobody's adapter
+    # What sending meets: test_webhooks_sending.py. demo and drill stand for a backend service: nobody's adapter.
+    "httpx": {"demo", "jwks", "producing", "sending"},
     # What it raises: test_rpc_refusals.py.
     "grpc": {"calls", "client", "client_inference", "codeyard_pb2_grpc", "door", "link", "refusals", "serving"},
     "jwt": {"jwks", "tokens"},  # what it raises: test_auth_tokens.py

@@ -90,7 +90,12 @@ class Deliverer:
             return Answer(Fate.HOPELESS, "no secret to sign with is configured for its tenant")
         body = body_of(record)
         headers = signed_headers(record, body, keys=keys, timestamp=int(self._wall()))
-        return await self._sender.send(record.job.callback_url or "", headers, body)
+        try:
+            return await self._sender.send(record.job.callback_url or "", headers, body)
+        except Exception:
+            # The edge of one delivery: whatever somebody else's server does, the gateway lives.
+            log.exception("webhook_broke", extra={"job": record.id})
+            return Answer(Fate.FAILED, "an error of ours; the log has it")
 
     async def _pause(self, stop: asyncio.Event) -> None:
         """Until it is time to look again, a slot is free where there was none, or `stop`."""

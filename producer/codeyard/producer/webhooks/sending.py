@@ -76,8 +76,9 @@ class Sender:
         async with httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, limits=limits) as http:
             for address in addresses:
                 try:
-                    response = await http.handle_async_request(_request(target, address, headers, body))
-                except httpx.ConnectError:
+                    request = _request(target, address, headers, body, connect_s=self._timeout_s / len(addresses))
+                    response = await http.handle_async_request(request)
+                except (httpx.ConnectError, httpx.ConnectTimeout):
                     answer = Answer(Fate.FAILED, "no connection")
                     continue
                 except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
@@ -90,12 +91,13 @@ class Sender:
         return answer
 
 
-def _request(target: Target, address: str, headers: Mapping[str, str], body: bytes) -> httpx.Request:
-    """To the address; Host header and TLS have the name."""
+def _request(
+    target: Target, address: str, headers: Mapping[str, str], body: bytes, *, connect_s: float
+) -> httpx.Request:
+    """To the address; Host header and TLS have the name. The whole is bounded by the caller."""
+    extensions = {"sni_hostname": target.host, "timeout": {"connect": connect_s}}
     named = {**headers, "host": target.authority, "accept-encoding": "identity"}
-    return httpx.Request(
-        "POST", target.at(address), headers=named, content=body, extensions={"sni_hostname": target.host}
-    )
+    return httpx.Request("POST", target.at(address), headers=named, content=body, extensions=extensions)
 
 
 async def resolved(host: str, port: int) -> list[str]:
@@ -112,7 +114,7 @@ async def _read_some(response: httpx.Response) -> None:
             left -= len(chunk)
             if left <= 0:
                 return
-    except httpx.HTTPError:
+    except (httpx.HTTPError, httpx.StreamError):
         pass  # the status is what counts
 
 
