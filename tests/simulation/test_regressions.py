@@ -32,11 +32,17 @@ DROPPED = Plan(
     jobs=(JobPlan(0, (Call(client=0, at_s=1.0),)),),
     faults=(LetterFault("dropped", nth=1), CallFault("store.commit", nth=1, phase=Phase.DIES_BEFORE)),
 )
+GIVEN_UP = Plan(  # the client stands still, asks again, and waits for its own former self when that is given up
+    seed=1050,
+    jobs=(JobPlan(0, (Call(client=0, at_s=1.0),)),),
+    faults=(CallFault("store.reserve", nth=1, phase=Phase.STALLS, told_s=6.6),),
+)
 FOUND = {
     "an adopted delivery is forgotten": TAKEN_TWICE,
     "a retry's copy is published before the job waits for it": SLOW_RELEASE,
     "a confirm that came too late is an acceptance": STOOD_STILL,
     "a dropped message is acked before its job is failed": DROPPED,
+    "who attaches to a job that is given up is told that it is accepted": GIVEN_UP,
 }
 
 

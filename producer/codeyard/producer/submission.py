@@ -46,6 +46,7 @@ from codeyard.shared.job import DEFAULT_TIMEOUT_S, Job, JobId, Lane, Sampling, j
 from codeyard.shared.record import Record, State
 from codeyard.shared.retries import repeat
 from codeyard.shared.store.port import Queued, QueuedVerdict, Reservation, Reserved, ReserveVerdict, Store
+from codeyard.shared.store.transitions import was_never_accepted
 from codeyard.shared.topology import Topology
 
 T = TypeVar("T")
@@ -230,18 +231,24 @@ class Submitter:
         """Somebody else reserved these and is about to publish them: give it one publish timeout."""
         grace_s = min(self._publish_timeout_s, until_s - time.monotonic())
         ends_s = time.monotonic() + grace_s
-        left = list(drafts)
+        left, given_up = list(drafts), list[_Draft]()
         async with self._store.watch(left[0].record.id) as wakeup:
             while left and time.monotonic() < ends_s:
                 await wakeup.wait(min(0.05, max(0.0, ends_s - time.monotonic())))
                 ids = [draft.record.id for draft in left]
                 records = await _within(until_s, partial(self._store.read, ids))
+                still: list[_Draft] = []
                 for draft, record in zip(left, records, strict=True):
-                    if record is not None and record.state is not State.RESERVED:
+                    if record is None or record.state is State.RESERVED:
+                        still.append(draft)
+                    elif was_never_accepted(record):
+                        given_up.append(draft)
+                    else:
                         draft.outcome = Accepted(record, attached=True)
-                left = _open(left)
+                left = still
         for draft in left:
             draft.publication = new_nonce()  # ours from here on; the other's, if it exists, is a duplicate
+        await self._reserve(given_up, until_s)  # the reconciler ended the other's: these begin anew
 
     async def _publish(self, drafts: Sequence[_Draft], until_s: float) -> None:
         """Publish until each has an answer; confirmed ones are marked queued, and only then accepted."""

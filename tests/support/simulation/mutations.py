@@ -202,6 +202,10 @@ def _late_confirm_accepted() -> AbstractContextManager[object]:
     return patch.object(transitions, "mark_queued", broken)
 
 
+def _attached_to_what_was_given_up() -> AbstractContextManager[object]:
+    return patch.object(submission, "was_never_accepted", lambda record: False)
+
+
 def _never_republished() -> AbstractContextManager[object]:
     async def broken(*_: object) -> int:
         return 0
@@ -351,5 +355,6 @@ MUTATIONS = (
 
 RARE = (  # too rare for a few thousand schedules; tests/simulation/test_regressions.py has the plans that show them
     Mutation("a confirm that came too late is an acceptance", _late_confirm_accepted),
+    Mutation("who attaches to a job that is given up is told that it is accepted", _attached_to_what_was_given_up),
     Mutation("a dropped message is acked before its job is failed", _dropped_acked_first),
 )

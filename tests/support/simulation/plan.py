@@ -209,14 +209,6 @@ CALLS = {
     "consumer.requeue": 1,
     DELIVER: 14,
 }
-RARE_CALLS = (
-    "consumer.requeue",
-    "broker.depth",
-    "store.recover",
-    "broker.defer",
-    "broker.dead_letter",
-    "store.release",
-)
 _WEIGHTED_KINDS = [Kind.PLAIN] * 14 + [Kind.FAILS_ONCE] * 3 + [Kind.BROKEN, Kind.REFUSED, Kind.KILLS]
 
 
@@ -224,8 +216,8 @@ def draw(seed: int) -> Plan:
     """The plan of a seed: always the same."""
     chance = Random(f"plan {seed}")
     jobs = tuple(_job(chance, number) for number in range(NUM_JOBS))
-    num_faults = 1 + min(3, int(chance.expovariate(1.0)))
-    faults = [_sure_fault(chance), *(_fault(chance) for _ in range(num_faults))]
+    faults = [_sure_fault(chance), *_turn(chance, seed)]
+    faults += [_fault(chance) for _ in range(min(3, int(chance.expovariate(1.0))))]
     return Plan(
         seed,
         jobs,
@@ -294,7 +286,7 @@ def _fault(chance: Random) -> Fault:
         return Away(chance.choice(("store", "broker")), at_s, round(chance.uniform(0.1, 6.0), 2))
     if drawn < 0.88:
         return HangUp(worker, at_s)
-    if drawn < 0.89:
+    if drawn < 0.90:
         return Reorder()
     if drawn < 0.95:
         what = chance.choice(("copied", "copied", "lost", "dropped"))
@@ -321,11 +313,25 @@ def _sure_fault(chance: Random) -> Fault:
 
 
 def _call_fault(chance: Random) -> CallFault:
-    call = chance.choice(list(CALLS) if chance.random() < 0.7 else RARE_CALLS)
+    return _fault_of(chance, chance.choice(list(CALLS)))
+
+
+def _turn(chance: Random, seed: int) -> list[Fault]:
+    """One call after the other, seed by seed, and what makes the rarer ones happen at all."""
+    call = list(CALLS)[seed % len(CALLS)]
+    causes: list[Fault] = []
+    if call == "consumer.requeue":
+        causes = [Drain(f"w{n}", round(chance.uniform(1.0, 4.0), 2)) for n in range(NUM_WORKERS)]
+    elif call in ("broker.depth", "store.recover"):
+        causes = [LetterFault("lost", chance.randint(1, 8))]
+    return [_fault_of(chance, call), *causes]
+
+
+def _fault_of(chance: Random, call: str) -> CallFault:
     phase = Phase.SLOW if call == DELIVER else chance.choice(list(Phase))
     return CallFault(
         call,
-        nth=1 + int(chance.random() * CALLS[call]),
+        nth=1 + int(chance.random() ** 2 * CALLS[call]),
         phase=phase,
         told_s=round(chance.choice((0.05, 0.5, chance.uniform(0.0, LONGEST_PAUSE_S))), 3),
         late_s=round(chance.choice((0.05, chance.uniform(0.0, LONGEST_PAUSE_S))), 3),

@@ -59,7 +59,7 @@ class Step(Generic[OutcomeT]):
 
 def reserve(record: Record | None, request: Reservation, now: float, timing: Timing) -> Step[Reserved]:
     """New, attach, or conflict. A job that was never accepted may be submitted again under its key."""
-    if record is not None and not _was_never_accepted(record):
+    if record is not None and not was_never_accepted(record):
         if record.digest != request.digest:
             return Step(Reserved(ReserveVerdict.CONFLICT, record))
         own = record.publication == request.publication and record.state is State.RESERVED
@@ -87,7 +87,7 @@ def mark_queued(record: Record | None, request: Queued, now: float, timing: Timi
     if record is None:
         return Step(QueuedVerdict.MISSING)
     if record.state.final or _is_live(record, now):
-        return Step(QueuedVerdict.LAPSED if _was_never_accepted(record) else QueuedVerdict.PASSED)
+        return Step(QueuedVerdict.LAPSED if was_never_accepted(record) else QueuedVerdict.PASSED)
     if record.state is State.RUNNING:
         record = _without_lost_owner(record)
     return Step(
@@ -315,7 +315,8 @@ def _owns(record: Record, fence: str) -> bool:
     return record.state is State.RUNNING and record.fence == fence
 
 
-def _was_never_accepted(record: Record) -> bool:
+def was_never_accepted(record: Record) -> bool:
+    """The reconciler gave it up while it was only reserved: whoever asks for it again begins anew."""
     error = record.result.error if record.result else None
     return record.state is State.EXPIRED and error is not None and error.code == NEVER_PUBLISHED
 
