@@ -250,6 +250,27 @@ async def test_what_a_port_refuses_for_good_reasons_does_not_count() -> None:
     assert await guarded.read(["a"]) == ["a"]
 
 
+async def test_a_port_with_less_patience_follows_the_breaker_and_does_not_move_it() -> None:
+    """Limits wait a second for their answer: that many late ones are no reason to turn everyone away."""
+    server, impatient, clock = Server(), Server(), Clock()
+    all_of_them, _ = breakers(clock)
+    guarded, following = all_of_them.guarded_store(server), all_of_them.following_store(impatient)
+    impatient.error = StoreUnavailable("late")
+    for _ in range(20):
+        with pytest.raises(StoreUnavailable, match="late"):
+            await following.read(["a"])
+    assert await guarded.read(["a"]) == ["a"]
+
+    server.error = StoreUnavailable("gone")
+    for _ in range(3):  # of four outcomes
+        with pytest.raises(StoreUnavailable, match="gone"):
+            await guarded.read(["a"])
+
+    with pytest.raises(StoreUnavailable, match="asked again"):
+        await following.read(["a"])
+    assert impatient.num_calls == 20
+
+
 async def test_readiness_asks_the_server_itself() -> None:
     """A probe of an orchestrator must not be told what the breaker thinks."""
     server, clock = Server(), Clock()

@@ -52,6 +52,10 @@ class Breakers:
         """Any port that raises StoreUnavailable."""
         return cast(P, _Guarded(port, self.store, StoreUnavailable))
 
+    def following_store(self, port: P) -> P:
+        """One that fails at once with the store and tells the breaker nothing: it has less patience than the store."""
+        return cast(P, _Following(port, self.store, StoreUnavailable))
+
     def guarded_broker(self, port: P) -> P:
         return cast(P, _Guarded(port, self.broker, BrokerUnavailable))
 
@@ -133,6 +137,16 @@ class _Guarded:
                 if not told:  # cancelled, or an error of another kind: it says nothing about the server
                     switch.unused(ticket)
             return answer
+
+        return call
+
+
+class _Following(_Guarded):
+    def _behind(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(*args: Any, **more: Any) -> Any:
+            if (for_s := self._switch.refuses_for_s()) > 0:
+                raise not_asked(self._away, for_s)
+            return await method(*args, **more)
 
         return call
 

@@ -81,7 +81,7 @@ async def run_gateway(
                 client.store,
                 host=settings.gateway.host,
                 loopback=loopback,
-                guarded=breakers.guarded_store,
+                guarded=breakers.following_store,
             )
             return await stack.enter_async_context(opening)
 
