@@ -17,9 +17,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from codeyard.producer.gateway.batches.answers import AGAIN_S, Later, refusal_or_later
 from codeyard.producer.gateway.batches.items import Bad, Item, Reader, outcome_of
 from codeyard.producer.gateway.batches.record import (
     CANCEL,
@@ -33,11 +33,10 @@ from codeyard.producer.gateway.batches.record import (
 )
 from codeyard.producer.gateway.batches.results import dialect_of, input_lines, results
 from codeyard.producer.gateway.files.lines import Line
-from codeyard.producer.gateway.problems import KINDS, kind_of
 from codeyard.producer.gateway.shelves import Shelves
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.shared.documents.port import Document
-from codeyard.shared.errors import BlobMissing, FleetError, StorageQuotaExceeded, StoreUnavailable, UnknownModel
+from codeyard.shared.errors import BlobMissing, FleetError, StoreUnavailable
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.record import State
 from codeyard.shared.store.port import Store
@@ -53,20 +52,12 @@ GROUP_BYTES = 4_194_304  # of their lines, unless one alone is longer
 LOOK_GROUP = 512  # states in one round trip
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.05, 1.0  # between looks; the longest after some that found nothing
 LOOK_EACH_S = 1e-4  # and at least this for each job: a look at 4,096 of them takes the store some 30 ms
-AGAIN_S = 1.0  # after a refusal that does not say when to come again
 RESCAN_PAUSE = 1_000  # lines read over by a new owner between two turns of the event loop
 LAST_LOOK_S = 60.0  # past the deadline: by then the jobs under way have expired too
 
 
 class _Lost(Exception):
     """Another gateway owns the batch now, or it is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Later:
-    """Not now: again after so many seconds."""
-
-    seconds: float
 
 
 class Expansion:
@@ -104,6 +95,8 @@ class Expansion:
         self._ended: dict[int, Outcome] = {}  # by line, beyond the record's
         self._order: deque[int] = deque()  # lines with items, read and beyond the record's
         self._not_before_s = 0.0
+        self._wants_room = False  # what the last round met was a lack of room
+        self._group_items = GROUP_ITEMS  # submitted at once: fewer where some of them were put off
         self._look_s = SHORTEST_LOOK_S
         self._looked_s = 0.0
 
@@ -171,17 +164,22 @@ class Expansion:
         if time.monotonic() < self._not_before_s or len(self._flying) >= self._in_flight:
             return False
         moved = await self._read()
-        group = [self._pending.popleft() for _ in range(min(len(self._pending), self._in_flight - len(self._flying)))]
+        most = min(len(self._pending), self._in_flight - len(self._flying), self._group_items)
+        group = [self._pending.popleft() for _ in range(most)]
         if not group:
             return moved
         if group[-1].line > self._batch.high:
             self._batch = self._batch.with_(high=group[-1].line + self._in_flight)
             await self._save()
         outcomes = await self._renewing(asyncio.gather(*(self._submit_one(item) for item in group)))
+        later = [outcome for outcome in outcomes if isinstance(outcome, Later)]
+        if later:
+            self._not_before_s = time.monotonic() + max(outcome.seconds for outcome in later)
+        self._wants_room = bool(later) and all(outcome.room for outcome in later)
+        self._group_items = max(1, len(group) - len(later)) if later else min(GROUP_ITEMS, 2 * self._group_items)
         for item, outcome in reversed(list(zip(group, outcomes, strict=True))):
-            if isinstance(outcome, _Later):
+            if isinstance(outcome, Later):
                 self._pending.appendleft(item)
-                self._not_before_s = max(self._not_before_s, time.monotonic() + outcome.seconds)
             elif isinstance(outcome, Refusal):
                 self._refused(item, outcome)
             else:
@@ -197,7 +195,7 @@ class Expansion:
         finally:
             work.cancel()
 
-    async def _submit_one(self, item: Item) -> list[JobId] | Refusal | _Later:
+    async def _submit_one(self, item: Item) -> list[JobId] | Refusal | Later:
         ids = item.job_ids(self._batch.id, self._name.tenant)
         timeout_s = max(1.0, self._batch.deadline_at - self._now())
         for wanted, key in zip(item.wanted, item.keys(self._batch.id), strict=True):
@@ -214,7 +212,7 @@ class Expansion:
                     traceparent=None,
                 )
             except FleetError as error:
-                return _answered(error)
+                return refusal_or_later(error)
         return ids
 
     def _refused(self, item: Item, refusal: Refusal) -> None:
@@ -304,6 +302,8 @@ class Expansion:
                     del self._flying[line]
                     num_ended += 1
         self._looked_s = time.monotonic()
+        if num_ended and self._wants_room:
+            self._not_before_s = self._looked_s
         shortest_s = max(SHORTEST_LOOK_S, LOOK_EACH_S * len(lines))
         self._look_s = shortest_s if num_ended else min(LONGEST_LOOK_S, max(shortest_s, self._look_s * 2))
         return self._settle() or num_ended > 0
@@ -393,14 +393,3 @@ class Expansion:
         except TimeoutError:
             return
         await asyncio.sleep(0 if seconds < SHORTEST_LOOK_S else SHORTEST_LOOK_S)  # it stops: no busy loop meanwhile
-
-
-def _answered(error: FleetError) -> Refusal | _Later:
-    """What an error of a submission means for its item."""
-    if isinstance(error, UnknownModel):
-        return Refusal(code="model_not_found", message=str(error), param="model")
-    kind = kind_of(error)
-    if isinstance(error, StorageQuotaExceeded) or kind == "internal-error" or KINDS[kind].status in (429, 503):
-        return _Later(max(SHORTEST_LOOK_S, getattr(error, "retry_after_s", None) or AGAIN_S))
-    field: str | None = getattr(error, "field", None)
-    return Refusal(code=kind.replace("-", "_"), message=str(error), param=field)
