@@ -65,8 +65,10 @@ class Calls:
             self._open -= 1
             if self._open == 0:
                 self.idle.set()
+            took_s = time.monotonic() - started_s
             self._metrics.grpc_calls.labels(route=method, status=status).inc()
-            self._metrics.grpc_call.labels(route=method).observe(time.monotonic() - started_s)
+            self._metrics.grpc_call.labels(route=method).observe(took_s)
+            log.debug("grpc_call", extra={"route": method, "status": status, "took_s": took_s, **call.who})
 
 
 class Call:
@@ -86,6 +88,11 @@ class Call:
         for scope in scopes:
             self.caller.require(scope)
         return TenantJobs(self._jobs, self.caller.tenant, self._limits)
+
+    @property
+    def who(self) -> dict[str, str]:
+        """For log lines; never the credential."""
+        return {"tenant": self.caller.tenant, "caller": self.caller.name} if self.caller else {}
 
     def values(self, name: str) -> Sequence[str]:
         """Of one header, all, in order."""
@@ -116,8 +123,7 @@ def told_of(error: Exception) -> Told | None:
 
 def _unexpected(error: Exception, method: str, call: Call) -> Told:
     incident = new_nonce()[:12]
-    who = {"tenant": call.caller.tenant, "caller": call.caller.name} if call.caller else {}
-    log.error("call_failed", exc_info=error, extra={"incident": incident, "route": method, **who})
+    log.error("call_failed", exc_info=error, extra={"incident": incident, "route": method, **call.who})
     return Told(
         grpc.StatusCode.INTERNAL,
         "internal-error",

@@ -427,12 +427,14 @@ class InferenceResponse(_message.Message):
     def __init__(self, correlation_id: _Optional[str] = ..., job_id: _Optional[str] = ..., sequence_id: _Optional[int] = ..., delta: _Optional[bytes] = ..., is_end: _Optional[bool] = ..., restarted: _Optional[bool] = ..., token_ids: _Optional[_Iterable[int]] = ..., content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCallDelta, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("attached", "estimated_start_s")
+    __slots__ = ("attached", "estimated_start_s", "model")
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     ESTIMATED_START_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     attached: bool
     estimated_start_s: float
-    def __init__(self, attached: _Optional[bool] = ..., estimated_start_s: _Optional[float] = ...) -> None: ...
+    model: str
+    def __init__(self, attached: _Optional[bool] = ..., estimated_start_s: _Optional[float] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "kind", "message", "retry_after_s", "field", "maybe_accepted")

@@ -93,7 +93,7 @@ class Inference:
     async def _tell(self, request: pb.InferenceRequest, jobs: TenantJobs, submitted: Submitted) -> None:
         job, name, seq = submitted.job, request.correlation_id, request.from_sequence
         check_sequence(seq, job.accepted_status)
-        accepted = pb.Accepted(attached=job.attached, estimated_start_s=job.estimated_start_s)
+        accepted = pb.Accepted(attached=job.attached, estimated_start_s=job.estimated_start_s, model=jobs.stood_in)
         await self._write(pb.InferenceResponse(correlation_id=name, job_id=job.id, accepted=accepted))
         async with aclosing(jobs.stream(job.id, seq)) as events:
             async for event in events:

@@ -43,6 +43,8 @@ class Link:
         given = {
             "grpc.keepalive_time_ms": KEEPALIVE_MS,
             "grpc.keepalive_timeout_ms": KEEPALIVE_ANSWER_MS,
+            "grpc.http2.ping_timeout_ms": KEEPALIVE_ANSWER_MS,  # on a silent line this is what counts
+            "grpc.http2.max_pings_without_data": 0,  # no bound: two would be all that a silent stream gets
             "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
             "grpc.initial_reconnect_backoff_ms": RECONNECT_MS[0],
             "grpc.min_reconnect_backoff_ms": CONNECT_MS,

@@ -84,7 +84,9 @@ def _options(max_body_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),  # a result is as long as it is; its reader sets what it takes
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_ANSWER_MS),
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_ANSWER_MS),  # on a silent line this is what counts; else a minute
         ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),  # no bound: two would be all that a silent stream gets
         ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_PINGS_MS),
         ("grpc.so_reuseport", 0),  # a second process on the port is an error, not half of the calls
     ]
