@@ -199,7 +199,7 @@ def _asked(body: bytes) -> dict[str, Any]:
         raise Refused("malformed-json", "the body must be an object")
     if not isinstance(asked.get("input_file_id"), str):
         raise Refused("invalid-job", "the id of an uploaded file", field="input_file_id")
-    if asked.get("endpoint") not in READERS:
+    if asked.get("endpoint") not in list(READERS):  # compared, not looked up: it may be of any kind
         raise Refused("invalid-job", f"one of {', '.join(READERS)}", field="endpoint")
     if asked.get("completion_window") != "24h":
         raise Refused("invalid-job", "only 24h is offered", field="completion_window")
