@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from support import services
+from support.fleet import fleet_settings, worker_task
 from support.servers import RabbitServer, RedisServer
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
 LONG_S = 1_700
+LINKS = ("cut_broker", "cut_store", "delay_broker", "delay_store")
 
 
 async def drill(*arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -72,6 +74,32 @@ async def test_the_embedded_file_passes_the_drill_without_any_server(tmp_path: P
     check(report, status, jobs=600, faults=3)
     assert "sqlite" in report["servers"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.services
+async def test_somebodys_own_fleet_is_drilled_by_its_producers_alone(
+    rabbitmq_url: str, redis_url: str, tmp_path: Path, namespace: str
+) -> None:
+    """A staging fleet: the drill starts and breaks nothing there but its own producers and their links."""
+    settings = fleet_settings(tmp_path, rabbitmq_url, redis_url, namespace)
+    place = ("--broker", rabbitmq_url, "--store", redis_url, "--namespace", namespace)
+    async with worker_task(settings):
+        status, report, _ = await drill("--against", *place, "--jobs", "400", "--faults", "3", "--seed", "3")
+
+    check(report, status, jobs=400, faults=3)
+    assert report["ledger"]["failed"] == 0
+    assert {fault["kind"] for fault in report["faults"]} <= {"kill_producer", *LINKS}
+
+
+async def test_somebodys_fleet_is_never_met_by_accident() -> None:
+    """Settings in the environment must not be enough to fill a production queue."""
+    command = (sys.executable, "-m", "codeyard.cli.main", "drill", "--against", "--broker", "amqp://localhost")
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+
+    _, errors = await process.communicate()
+
+    assert process.returncode == 1
+    assert "--namespace" in errors.decode()
 
 
 async def test_a_fault_that_the_fleet_cannot_have_is_refused_by_name() -> None:
