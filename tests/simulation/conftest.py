@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.simulation.many import Report, run_many
 
+HERE = Path(__file__).parent
+ONE_SEED = "test_the_schedule_of_a_seed_holds"
 CI_SCHEDULES = 2_000
 PROCESSES = min(2, os.cpu_count() or 1)
 
@@ -28,6 +31,16 @@ def run_schedules(request: pytest.FixtureRequest) -> Callable[[range], Report]:
 def schedules(run_schedules: Callable[[range], Report]) -> Report:
     """Of the CI seeds."""
     return run_schedules(range(CI_SCHEDULES))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--seed` the schedule of that seed alone, without it all but that."""
+    wanted = config.getoption("--seed") is not None
+    here = {item for item in items if item.path.is_relative_to(HERE)}
+    left_out = {item for item in here if (item.name == ONE_SEED) is not wanted}
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,8 +1,9 @@
-"""A deterministic simulation of the protocol: docs/protocol.md says how to run it, tests/simulation runs it.
+"""A deterministic simulation of the protocol: docs/simulation-testing.md says how, tests/simulation runs it.
 
 loop.py     time is virtual, who runs next is drawn, processes die and stall
 wire.py     what happens to a call on its way to a server and back
 broker.py, store.py   the two ports in memory; the contract suite holds them to what they promise
+engine.py   an engine whose answer is a function of the prompt
 plan.py     from a seed: who runs, which jobs, which faults
 fleet.py    the real worker and producer code, as processes of the simulated world
 audit.py    what must hold at every step and at the end
