@@ -10,7 +10,7 @@ from support import engines
 from support.store_calls import make_job
 from support.takeover import Taken
 
-from codeyard.shared.chat import Chat, Message
+from codeyard.shared.chat import Chat, Message, Tool
 from codeyard.shared.job import Job, Sampling
 from codeyard.shared.record import EventKind, State
 from codeyard.worker.engines.models import parse_model
@@ -25,6 +25,7 @@ PROMPTS: dict[str, Any] = {
     "text": engines.PROMPT,
     "long": "import os\n\n\ndef walk(path):\n    " + "x = path\n    " * 20,
     "chat": Chat(messages=(Message(role="user", content="Reverse a string."),)),
+    "tools": Chat(messages=(Message(role="user", content="Reverse a string."),), tools=(Tool(name="look"),)),
 }
 
 
@@ -56,6 +57,7 @@ async def test_taken_over_at_random_points_it_equals_an_undisturbed_run(
         assert attempt.error is None
         assert taken.seen.token_ids == undisturbed.seen.token_ids
         assert taken.seen.text == attempt.result.text == expected.text
+        assert taken.seen.content == attempt.result.content == expected.content
         assert attempt.result.usage == expected.usage
         assert attempt.result.finish_reason == expected.finish_reason
         assert {event.kind for event in taken.events} == {EventKind.TOKENS}

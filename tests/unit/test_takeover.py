@@ -1,7 +1,6 @@
 """A job whose worker dies at any token is finished by another one, to the character, and counted once."""
 
 from collections.abc import AsyncGenerator
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,19 +14,21 @@ from codeyard.shared.job import Job, Sampling
 from codeyard.shared.record import EventKind, State
 from codeyard.shared.settings import EngineSettings
 from codeyard.worker.engines.completion import Completion
+from codeyard.worker.engines.hermes import hermes_calls
 from codeyard.worker.engines.models import ModelSource
 from codeyard.worker.engines.port import Delta, EngineInfo, EngineJob, Load, Memory
 from codeyard.worker.engines.simulated import SimulatedEngine
 
 END = 0
 PROMPT_TOKENS = 4
+LOOK = Chat(messages=(Message(role="user", content="look"),), tools=(Tool(name="look"),))
 ANSWER = "total = a + b\n\u20ac = '\U0001f600'\nreturn total\n\n\nprint(1)"
 
 
 class Bytes:
     """A model whose tokens are bytes and whose answer is known; its text is made as every engine makes it."""
 
-    info = EngineInfo("scripted", "scripted", "m", "m-1", context_tokens=500, max_running=1, continuous=True)
+    info = EngineInfo("scripted", "scripted", "m", "m-1", 500, max_running=1, continuous=True, resumes_calls=True)
 
     def __init__(self, answer: str) -> None:
         self._ids = (*answer.encode(), END)
@@ -35,12 +36,13 @@ class Bytes:
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         prompt = [1] * PROMPT_TOKENS
         completion = Completion(job, prompt, _decode, ends={END}, context_tokens=self.info.context_tokens)
+        calls = hermes_calls(job, "scripted")
         left = iter(self._ids[len(job.prefix_token_ids) :])
         while (delta := completion.delta()) is None or delta.finish_reason is None:
             if delta is not None:
-                yield delta
+                yield delta if calls is None else calls.of(delta)
             completion.push((next(left),))
-        yield delta
+        yield delta if calls is None else calls.of(delta)
 
     async def abort(self, job_id: str) -> None: ...
 
@@ -101,6 +103,30 @@ async def test_killed_at_every_token_it_says_what_an_undisturbed_one_says(sampli
         assert taken.num_ids - expected.usage.completion_tokens < flush  # generated again: what was not yet written
 
 
+CALLING = (
+    'I look.\n\n<tool_call>\n{"name": "look", "arguments": {"at": "\u20ac</tool_call>"}}\n</tool_call>\n'
+    '<tool_call>{"arguments": {}, "name": "look"}</tool_call>\n<tool_call> that was all'
+)
+
+
+async def test_killed_at_every_token_of_its_calls_it_makes_the_same_ones() -> None:
+    """What agents stream nearly always: no call twice, none lost, none with other arguments or another id."""
+    engine, job = Bytes(CALLING), job_of(prompt=LOOK)
+    undisturbed = Taken(job)
+    expected = (await undisturbed.run(engine)).result
+    assert [call.arguments for call in expected.tool_calls] == ['{"at": "\u20ac</tool_call>"}', "{}"]
+    assert (expected.content, expected.finish_reason) == ("I look.\n<tool_call> that was all", "tool_calls")
+
+    for kill in range(1, undisturbed.num_deltas):
+        taken = Taken(job)
+        result = (await taken.run(engine, [kill])).result
+
+        assert _lasting(result) == _lasting(expected)
+        seen = taken.seen
+        assert (seen.text, seen.content, seen.tool_calls) == (result.text, result.content, result.tool_calls)
+        assert all(event.kind is EventKind.TOKENS for event in taken.events)
+
+
 answers = st.text(alphabet="ab\n\u20ac\U0001f600", max_size=40)
 stops = st.lists(st.text(alphabet="ab\n\u20ac", min_size=1, max_size=3), max_size=3).map(tuple)
 
@@ -124,9 +150,9 @@ async def test_whatever_the_answer_the_stops_and_the_kills(
     "changes",
     [
         {"sampling": {"logprobs": 2}},
-        {"prompt": Chat(messages=(Message(role="user", content="look"),), tools=(Tool(name="look"),))},
+        {"prompt": LOOK.model_copy(update={"tool_choice": "required"})},
     ],
-    ids=["logprobs", "tools"],
+    ids=["logprobs", "a demanded call"],
 )
 async def test_what_cannot_go_on_starts_over_and_says_so(changes: dict[str, Any]) -> None:
     """The reader drops what it saw; what it then sees is the result, odds and calls included."""
@@ -149,21 +175,25 @@ async def test_what_cannot_go_on_starts_over_and_says_so(changes: dict[str, Any]
     assert expected.logprobs or expected.tool_calls
 
 
-async def test_a_job_complete_when_it_is_taken_over_counts_its_prompt() -> None:
-    """Its owner died between the last token and the commit."""
-    engine, job = Bytes("ab" * 100), job_of(sampling={"max_tokens": 6})
-    taken = Taken(job)
-    await taken.run(engine)
-    [(_, last)] = list(pairwise(taken.events))[-1:]
-    assert "".join(event.text for event in taken.events) == "ababab"
+@pytest.mark.parametrize(
+    "answer,changes",
+    [("ab" * 100, {"sampling": {"max_tokens": 6}}), (CALLING, {"prompt": LOOK}), ("x = 1 \n", {"prompt": LOOK})],
+    ids=["text", "calls", "blanks"],
+)
+async def test_a_job_complete_when_it_is_taken_over_is_only_counted(answer: str, changes: dict[str, Any]) -> None:
+    """Its owner died between the last token and the commit. Nothing is told twice, and the ending is the same."""
+    engine, job = Bytes(answer), job_of(**changes)
+    first = Taken(job)
+    expected = (await first.run(engine)).result
+    assert expected.usage.prompt_tokens == PROMPT_TOKENS
+    last_seq = first.events[-1].seq
 
     again = Taken(job)
-    again.events = taken.events
+    again.events = first.events
     result = (await again.run(engine)).result
 
-    assert (result.text, result.finish_reason) == ("ababab", "length")
-    assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (PROMPT_TOKENS, 6)
-    assert again.events[-1].seq == last.seq  # nothing was added
+    assert _lasting(result) == _lasting(expected)
+    assert again.events[-1].seq == last_seq  # nothing was added
 
 
 def _lasting(result: Any) -> dict[str, Any]:

@@ -119,14 +119,16 @@ HELLO = (Message(role="user", content="hello"),)
         ({"sampling": Sampling(logprobs=0)}, False),
         ({"sampling": Sampling(output_format=OutputFormat(type="regex", regex="a+"))}, False),
         ({"prompt": Chat(messages=HELLO)}, True),
-        ({"prompt": Chat(messages=HELLO, tools=TOOLS)}, False),
+        ({"prompt": Chat(messages=HELLO, tools=TOOLS)}, None),
         ({"prompt": Chat(messages=HELLO, tools=TOOLS, tool_choice=NamedTool(name="look"))}, False),
         ({"prompt": Chat(messages=HELLO, tools=TOOLS, tool_choice="none")}, True),
     ],
 )
-def test_what_cannot_go_on_exactly_starts_over(changes: dict[str, Any], continuable: bool) -> None:
-    """A grammar, a reader of calls and a generator have a state that token ids do not hold."""
-    assert held(**changes).continuable is continuable
+def test_what_cannot_go_on_exactly_starts_over(changes: dict[str, Any], continuable: bool | None) -> None:
+    """A grammar and a generator have a state that token ids do not hold; readers of calls, some of them (None)."""
+    for resumes_calls in (True, False):
+        expected = resumes_calls if continuable is None else continuable
+        assert held(**changes).continuable(resumes_calls=resumes_calls) is expected
 
 
 def held(**changes: Any) -> HeldJob:
@@ -141,4 +143,4 @@ def test_a_claimed_conversation_with_tools_starts_over_as_well() -> None:
     """What a claim stands for is known once it is redeemed, which is before anything is taken over."""
     one = held()
     one.redeemed = Chat(messages=HELLO, tools=TOOLS)
-    assert not one.continuable
+    assert not one.continuable(resumes_calls=False)

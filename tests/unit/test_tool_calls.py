@@ -1,6 +1,7 @@
 """What of a text is content and what calls: the same for any cutting, and no character of content lost."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,21 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codeyard.shared.chat import Chat, Message, NamedTool, Tool
+from codeyard.shared.job import Lane, Sampling
 from codeyard.worker.engines.forced import forced_reader, forced_schema
 from codeyard.worker.engines.hermes import HermesReader
-from codeyard.worker.engines.port import Delta
+from codeyard.worker.engines.port import Delta, EngineJob
 from codeyard.worker.engines.tool_calls import CallReader, Calls, call_id
 from codeyard.worker.held import Said
 
 LOOK = '{"name": "look", "arguments": {"path": "a}\\"<b>.py"}}'
 ARGUMENTS = '{"path": "a}\\"<b>.py"}'
 
+JOB = EngineJob("job", "x", Sampling(), Lane.STANDARD, stream=True)
+
 Seen = tuple[str, list[tuple[str, str]]]  # content, (name, arguments) of each call
 
 
 def seen(reader: CallReader, pieces: list[str]) -> Seen:
     """As somebody sees it who joins a job's events."""
-    calls, said = Calls("job", reader, parallel=True), Said()
+    calls, said = Calls(JOB, reader, parallel=True), Said()
     for piece in pieces:
         said.add(calls.of(Delta(piece, (1,))))
     said.add(calls.of(Delta("", (), "stop", prompt_tokens=1)))
@@ -75,6 +79,22 @@ def test_any_cutting_gives_the_same_content_and_calls(text: str, cuts: list[int]
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in pairwise(edges)]
     assert seen(HermesReader(), pieces) == seen(HermesReader(), [text]) == seen(HermesReader(), list(text))
+
+
+@given(st.lists(words, max_size=14).map("".join), st.integers(0, 120), st.integers(1, 7))
+def test_a_reader_that_takes_over_tells_the_rest(text: str, cut: int, step: int) -> None:
+    """Another worker's reader knows what was told from the text alone: it tells what follows, nothing twice."""
+    told, rest = Said(), text[cut:]
+    first = Calls(JOB, HermesReader(), parallel=True)
+    told.add(first.of(Delta(text[:cut], (1,))))
+    second = Calls(replace(JOB, prefix_text=text[:cut], prefix_token_ids=(1,)), HermesReader(), parallel=True)
+    for at in range(0, len(rest), step):
+        told.add(second.of(Delta(rest[at : at + step], (1,))))
+    last = second.of(Delta("", (0,), "stop"))
+    told.add(last)
+    content, calls = seen(HermesReader(), [text])
+    assert (told.content, [(call.name, call.arguments) for call in told.tool_calls]) == (content, calls)
+    assert last.finish_reason == ("tool_calls" if calls else "stop")
 
 
 @given(st.lists(words, max_size=14).map("".join))
@@ -164,7 +184,7 @@ def test_calls_are_named_alike_whenever_the_job_is_generated() -> None:
     """A takeover repeats what the reader may have acted on; other jobs and other calls have other names."""
     text = f"<tool_call>{LOOK}</tool_call>" * 2
     first, second = (
-        [piece.id for piece in Calls("job", HermesReader(), parallel=True).of(Delta(text, (1,))).tool_calls if piece.id]
+        [piece.id for piece in Calls(JOB, HermesReader(), parallel=True).of(Delta(text, (1,))).tool_calls if piece.id]
         for _ in range(2)
     )
     assert first == second == [call_id("job", 0), call_id("job", 1)]
@@ -173,7 +193,7 @@ def test_calls_are_named_alike_whenever_the_job_is_generated() -> None:
 
 def test_one_call_at_a_time_where_that_was_asked_for() -> None:
     """The caller would not know what to do with a second one."""
-    calls = Calls("job", HermesReader(), parallel=False)
+    calls = Calls(JOB, HermesReader(), parallel=False)
     delta = calls.of(Delta(f"<tool_call>{LOOK}</tool_call>" * 2, (1,), "stop", 3))
     assert {piece.index for piece in delta.tool_calls} == {0}
     assert (delta.finish_reason, delta.prompt_tokens) == ("tool_calls", 3)
@@ -185,4 +205,4 @@ def test_one_call_at_a_time_where_that_was_asked_for() -> None:
 )
 def test_an_ending_without_a_call_or_by_length_stays_what_it_is(text: str, reason: str | None, said: str) -> None:
     """A call that was cut off is not one to act on."""
-    assert Calls("job", HermesReader(), parallel=True).of(Delta(text, (1,), reason)).finish_reason == said
+    assert Calls(JOB, HermesReader(), parallel=True).of(Delta(text, (1,), reason)).finish_reason == said

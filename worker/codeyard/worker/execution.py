@@ -57,11 +57,12 @@ async def execute(
     error: Exception | None = None
     try:
         prompt = await _prompt(held, blobs)
-        await _prepare(held, store, alone=held.suspect and batch_size == 1)
+        goes_on = held.continuable(resumes_calls=engine.info.resumes_calls)
+        await _prepare(held, store, goes_on=goes_on, alone=held.suspect and batch_size == 1)
+        stream = held.job.stream or (goes_on and held.job.sampling.max_tokens > save_tokens)
+        engine_job = _engine_job(held, prompt, adapters, stream=stream)
         async with asyncio.timeout(held.deadline_s - time.monotonic()):
-            deltas = cast(
-                AsyncGenerator[Delta, None], engine.generate(_engine_job(held, prompt, adapters, save_tokens))
-            )
+            deltas = cast(AsyncGenerator[Delta, None], engine.generate(engine_job))
             async with aclosing(deltas):
                 async for delta in deltas:
                     if delta.token_ids and first_s is None:
@@ -135,14 +136,14 @@ def poisoned(attempt: int) -> Result:
     return Result(state=State.FAILED, error=Failure(code="poison", message=text))
 
 
-async def _prepare(held: HeldJob, store: Store, *, alone: bool) -> None:
+async def _prepare(held: HeldJob, store: Store, *, goes_on: bool, alone: bool) -> None:
     """Take over or drop what was generated before; record that a suspect runs alone before it may crash."""
     if alone:
         await persist(lambda: store.renew([Renewal(held.id, held.fence, alone=True)]))
         held.alone = True
-    if held.log.last_seq and not held.log.token_ids and held.continuable:
+    if held.log.last_seq and not held.log.token_ids and goes_on:
         held.log.resume(await _streamed(held, store))
-    elif not held.continuable:
+    elif not goes_on:
         held.log.restart()
 
 
@@ -172,7 +173,7 @@ async def _prompt(held: HeldJob, blobs: BlobStore | None) -> Prompt:
     return held.redeemed
 
 
-def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | None], save_tokens: int) -> EngineJob:
+def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | None], *, stream: bool) -> EngineJob:
     """Raises JobRejected for a revision whose weights are not here: another's answer would be a wrong one."""
     job = held.job
     if job.revision not in adapters:
@@ -182,9 +183,10 @@ def _engine_job(held: HeldJob, prompt: Prompt, adapters: Mapping[str, Adapter | 
         prompt=prompt,
         sampling=job.sampling,
         lane=job.lane,
-        stream=job.stream or (held.continuable and job.sampling.max_tokens > save_tokens),
+        stream=stream,
         prefix_token_ids=tuple(held.log.token_ids),
         adapter=adapters[job.revision],
+        prefix_text=held.log.text,
     )
 
 

@@ -167,15 +167,15 @@ class HeldJob:
     def id(self) -> JobId:
         return self.envelope.job.id
 
-    @property
-    def continuable(self) -> bool:
+    def continuable(self, *, resumes_calls: bool) -> bool:
         """Whether generation can go on from the tokens an earlier run left, to the very character. A seed starts
-        a generator of its own, a format its grammar and a reader of calls its text from the beginning, and the
-        log probabilities of those tokens are gone: such a job starts over."""
+        a generator of its own, a format or a demanded call its grammar, and the log probabilities of those tokens
+        are gone: such a job starts over. `resumes_calls`: whether the engine reads calls on from their text."""
         asked, prompt = self.job.sampling, self.redeemed or self.job.prompt
-        reads_calls = isinstance(prompt, Chat) and prompt.offers_tools
         afresh = (asked.seed, asked.output_format, asked.logprobs)
-        return all(one is None for one in afresh) and not reads_calls
+        calls = isinstance(prompt, Chat) and prompt.offers_tools
+        free = isinstance(prompt, Chat) and prompt.tool_choice == "auto"
+        return all(one is None for one in afresh) and (not calls or (free and resumes_calls))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def hermes_calls(job: EngineJob, engine: str) -> Calls | None:
         return None
     if chat.tool_choice != "auto":
         raise JobRejected("unsupported", f"the {engine} engine cannot force a call of a tool; the vllm engine can")
-    return Calls(job.id, HermesReader(), parallel=chat.parallel_tool_calls)
+    return Calls(job, HermesReader(), parallel=chat.parallel_tool_calls)
 
 
 def hides_calls(tokenizer: Any) -> bool:

@@ -24,6 +24,7 @@ class EngineInfo:
     max_running: int  # slots: jobs it can run at once
     continuous: bool  # True: joins a running batch at any step. False: takes closed batches
     can_sleep: bool = False  # its weights can wait in host memory, with the device's memory free
+    resumes_calls: bool = False  # goes on with an answer that may hold calls of tools: its reader needs only the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """One admitted job. `prefix_token_ids` were generated before and are not generated (or returned) again."""
+    """One admitted job. `prefix_token_ids` were generated before, and `prefix_text` is what was told of them:
+    neither is generated (or returned) again."""
 
     id: JobId
     prompt: str | tuple[int, ...] | Chat
@@ -53,6 +55,7 @@ class EngineJob:
     stream: bool  # deltas as they come; else one, at the end
     prefix_token_ids: tuple[int, ...] = ()
     adapter: Adapter | None = None  # loaded when the first job asks for it
+    prefix_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ class SimulatedEngine:
             max_running=settings.max_running,
             continuous=True,
             can_sleep=True,
+            resumes_calls=True,
         )
         self._settings = settings
         self._asleep = False
@@ -142,9 +143,11 @@ class SimulatedEngine:
     async def generate(self, job: EngineJob) -> AsyncGenerator[Delta, None]:
         self._check_awake()
         refuse_formats(job, "simulated")
-        completion = _completion(job, self.info.context_tokens)
+        completion, calls = _completion(job, self.info.context_tokens), _calls(job)
         if (delta := completion.delta()) is not None:
-            yield delta  # complete with what an earlier run had generated, or only counted
+            yield (
+                delta if calls is None else calls.of(delta)
+            )  # complete with what an earlier run had generated, or only counted
             return
         fault = self._fault(job)
         if fault == "exit":
@@ -155,7 +158,7 @@ class SimulatedEngine:
             raise JobFailed("a simulated fault: fail")
         self._check_awake()
         answer, num_prompt = _rest_of(job, completion.limit)
-        order, run = next(self._orders), _Run(job, completion, answer, num_prompt, _calls(job), fault == "hang")
+        order, run = next(self._orders), _Run(job, completion, answer, num_prompt, calls, fault == "hang")
         self._enter(order, run)
         try:
             while True:
@@ -335,7 +338,7 @@ def _calls(job: EngineJob) -> Calls | None:
     chat = job.prompt
     if not isinstance(chat, Chat) or not chat.offers_tools:
         return None
-    return Calls(job.id, HermesReader(), parallel=chat.parallel_tool_calls)
+    return Calls(job, HermesReader(), parallel=chat.parallel_tool_calls)
 
 
 def _table_faults(settings: EngineSettings) -> Callable[[EngineJob], Fault | None]:

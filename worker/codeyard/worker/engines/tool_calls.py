@@ -13,7 +13,7 @@ from typing import Protocol
 
 from codeyard.shared.chat import ToolCallDelta
 from codeyard.shared.job import JobId
-from codeyard.worker.engines.port import Delta
+from codeyard.worker.engines.port import Delta, EngineJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,22 @@ class CallReader(Protocol):
 
 
 class Calls:
-    """One job's deltas with the calls in them. Without `parallel` the first call is the only one."""
+    """One job's deltas with the calls in them. Without `parallel` the first call is the only one. What an earlier
+    run told is read and not told again."""
 
-    def __init__(self, job_id: JobId, reader: CallReader, *, parallel: bool) -> None:
-        self._job_id = job_id
+    def __init__(self, job: EngineJob, reader: CallReader, *, parallel: bool) -> None:
+        self._job_id = job.id
         self._reader = reader
         self._parallel = parallel
-        self._any = False
+        self._any = bool(reader.read(job.prefix_text, job.prefix_token_ids, ended=False).pieces)
+        self._all_told = bool(job.prefix_token_ids)  # nothing came since
 
     def of(self, delta: Delta) -> Delta:
-        read = self._reader.read(delta.text, delta.token_ids, ended=delta.finish_reason is not None)
+        ended = delta.finish_reason is not None
+        if self._all_told and not delta.token_ids and delta.finish_reason in ("stop", "length"):
+            ended = False  # complete before it was taken over: what was held back came with the last token
+        read = self._reader.read(delta.text, delta.token_ids, ended=ended)
+        self._all_told = False
         calls = tuple(self._call(piece) for piece in read.pieces if self._parallel or not piece.index)
         self._any = self._any or bool(calls)
         stopped = delta.finish_reason == "stop" and self._any

@@ -107,6 +107,7 @@ class TorchEngine:
             context_tokens=ready["context_tokens"],
             max_running=settings.max_running,
             continuous=False,
+            resumes_calls=True,
         )
         return cls(process, stderr, info, ready["device"], meter)
 

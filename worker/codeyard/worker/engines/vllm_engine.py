@@ -106,6 +106,7 @@ class VllmEngine:
             max_running=settings.max_running,
             continuous=True,
             can_sleep=bool(llm.model_config.enable_sleep_mode),
+            resumes_calls=settings.tool_call_parser is None,  # vLLM's parsers depend on where the deltas end
         )
         return cls(llm, info, stats, settings, tools, held, await Reaper.start(held.processes, held.remains.folder))
 
@@ -122,7 +123,9 @@ class VllmEngine:
         decode = decoder(self._tokenizer, self._ends, special=special)
         completion = Completion(job, prompt_ids, decode, ends=self._ends, context_tokens=self.info.context_tokens)
         if (delta := completion.delta()) is not None:
-            yield delta  # complete with what an earlier run had generated, or only counted
+            yield (
+                delta if calls is None else calls.of(delta)
+            )  # complete with what an earlier run had generated, or only counted
             return
         request_id = f"{job.id}:{next(self._serials)}"
         self._ids[request_id] = job.id
@@ -130,7 +133,8 @@ class VllmEngine:
             async with self._lora_of(job.adapter, request_id) as lora:
                 if request_id in self._aborted:
                     completion.end("abort")
-                    yield completion.delta() or Delta("", (), "abort", len(prompt_ids))
+                    delta = completion.delta() or Delta("", (), "abort", len(prompt_ids))
+                    yield delta if calls is None else calls.of(delta)
                     return
                 outputs = self._llm.generate(
                     {"type": "token", "prompt_token_ids": [*prompt_ids, *job.prefix_token_ids]},

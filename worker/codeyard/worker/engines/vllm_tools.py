@@ -41,7 +41,7 @@ class VllmTools:
         if not isinstance(chat, Chat) or not chat.offers_tools:
             return None, False
         reader, special = self._reader(chat)
-        return Calls(job.id, reader, parallel=chat.parallel_tool_calls), special
+        return Calls(job, reader, parallel=chat.parallel_tool_calls), special
 
     def _reader(self, chat: Chat) -> tuple[CallReader, bool]:
         if (forced := forced_reader(chat)) is not None:
