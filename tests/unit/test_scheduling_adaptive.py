@@ -465,6 +465,44 @@ def test_two_backlogged_tenants_get_equal_service_however_different_their_jobs(
         assert abs(served[0] - served[1]) <= bound
 
 
+ONE_PROMISE = AdmissionSettings(
+    promises={Lane.STANDARD: Promise(first_token_s=2.0, per_token_s=0.02)}, held_slots=0.1, tenant_slack=1_000.0
+)
+
+
+def test_one_tenants_flood_leaves_slots_for_the_others_of_its_lane() -> None:
+    """Else each job of the others waits until one of the flood's ends."""
+    gpu = Gpu(AdaptiveScheduler(ONE_PROMISE, slots=SLOTS, continuous=True))
+    gpu.offer(job("modest", Lane.STANDARD, tenant="modest"), 5)
+    for number in range(600):
+        gpu.offer(job(f"greedy-{number}", Lane.STANDARD, tenant="greedy"))
+    for _ in gpu.run(3.0):
+        pass
+    gpu.decide()
+    free = gpu.scheduler.window - len(gpu.left)
+    for number in range(free):
+        gpu.offer(job(f"late-{number}", Lane.STANDARD, tenant="modest", prompt=1, at_s=gpu.now_s))
+
+    assert free >= 2
+    assert set(gpu.decide().admit) == {f"late-{number}" for number in range(free)}
+
+
+def test_a_job_behind_another_tenants_line_does_not_wait_for_the_pace() -> None:
+    """The line keeps the pace at its limit; who did not cause that starts with the next decision."""
+    gpu = Gpu(AdaptiveScheduler(ONE_PROMISE, slots=SLOTS, continuous=True))
+    for number in range(20):
+        gpu.offer(job(f"greedy-{number}", Lane.STANDARD, tenant="greedy"))
+    gpu.scheduler._lanes[Lane.STANDARD].charge("greedy", 1e6)
+    gpu.decide()  # as many as the pace lets through
+
+    held_up = gpu.decide().admit
+    gpu.offer(job("modest", Lane.STANDARD, tenant="modest"))
+
+    assert len(gpu.left) < 20
+    assert held_up == ()
+    assert gpu.decide().admit == ("modest",)
+
+
 # Choosing ------------------------------------------------------------------------------------------
 
 

@@ -229,6 +229,37 @@ def test_idling_earns_a_bounded_credit() -> None:
     assert first.count("busy") >= (40 - 2 * 600 / cost) / 2 - 4
 
 
+def test_a_job_held_up_by_another_tenants_line_is_known_as_such() -> None:
+    """It is ahead once another that waits was served more by the slack; equals are in nobody's way."""
+    tenants = Tenants({}, slack=500.0)
+    for tenant in "abc":
+        tenants.add(waiting(f"{tenant}1", tenant))
+        tenants.add(waiting(f"{tenant}2", tenant))
+    equals = tenants.ahead()
+    tenants.charge("a", 5_000.0)
+    beside_a = tenants.ahead()
+    tenants.remove("a1")
+    tenants.remove("a2")
+
+    assert (equals, beside_a) == (False, True)
+    assert not tenants.ahead(), "the one that was behind left"
+    assert not Tenants({}, slack=0.0).ahead()
+
+
+def test_a_line_is_a_flood_only_where_there_are_other_tenants() -> None:
+    """Nothing is to be left free for tenants that do not exist."""
+    tenants = Tenants({}, slack=0.0)
+    for number in range(3):
+        tenants.add(waiting(f"a{number}", "a"))
+    alone = tenants.flooded()
+    tenants.add(waiting("b", "b"))
+    beside_b = tenants.flooded()
+    tenants.remove("b")
+
+    assert (alone, beside_b) == (False, False)
+    assert tenants.flooded(), "all that waits is one tenant's"
+
+
 def tenants_take(tenants: Tenants) -> str:
     job = tenants.take()
     tenants.charge(job.tenant, tenants.cost(job))

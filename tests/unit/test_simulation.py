@@ -14,6 +14,7 @@ from codeyard.shared.errors import SettingsError
 from codeyard.shared.job import Lane
 from codeyard.shared.settings import Promise
 from codeyard.worker.simulation.calibrate import calibrate
+from codeyard.worker.simulation.checks import Check, over_seeds
 from codeyard.worker.simulation.cli import simulate
 from codeyard.worker.simulation.compare import simulate_one, simulate_replay
 from codeyard.worker.simulation.engine import NEVER, SimEngine, SimJob
@@ -429,3 +430,15 @@ def test_a_runs_key_holds_everything_it_was_asked_with(table: LatencyTable, stea
 
     assert len({task.key(), *(other.key() for other in others)}) == 1 + len(others)
     assert replace(task).key() == task.key()
+
+
+def test_a_check_under_several_seeds_is_judged_by_its_mean_and_tells_its_spread() -> None:
+    under = [
+        [Check("ratio", value, "<= 1.3", value <= 1.3), Check("share", value, ">= 1.4", False)] for value in (1, 2)
+    ]
+
+    ratio, share = over_seeds(under)
+
+    assert (ratio.name, ratio.value, ratio.kept) == ("ratio, mean of 2 seeds (1.00 to 2.00)", 1.5, False)
+    assert share.kept
+    assert over_seeds(under[:1]) == under[0]

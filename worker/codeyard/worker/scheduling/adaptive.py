@@ -10,10 +10,12 @@ Each decision answers four questions, in this order; every formula is derived wh
    that comes then. So prompts are paced to `prompt_room` tokens per step of B seconds; while no promise
    per token holds, of a quarter of the strictest promise to the first token: an arrival waits for the
    step that runs and the one on its way, then for its own. A job that has waited a part of its own
-   promise may run ahead of the pace, but not far: the next one waits for what it took.
+   promise, or whose tenant was served clearly less than another that waits, may run ahead of the pace, but
+   not far: the next one waits for what it took.
 3. *Who?* The lane whose turn it is by weight (lanes.py), in it the tenant served least (tenants.py), of
-   it the oldest job. Bulk leaves some slots free for the lanes above. A lane with work from which nothing
-   was admitted for `starvation_s` is next, whatever its share.
+   it the oldest job. Bulk leaves some slots free for the lanes above, and a tenant that alone has a line
+   half as many for the others of its lane: so nobody waits for a slot because of one tenant's flood. A
+   lane with work from which nothing was admitted for `starvation_s` is next, whatever its share.
 4. *Whom to stop?* If a lane with a promise has work while more jobs run than the promise allows, or its
    head is late, short of its share, and no slot is left, the youngest bulk jobs are preempted: they have
    the least to lose. At most `preempt_share` of what runs, until nobody was preempted for `calm_s`: each
@@ -43,6 +45,7 @@ DEBT_STEPS = 4.0  # so far, in steps' worth: others wait until it is paid back
 OVERLOAD_DEBT_STEPS = 1.0  # and so far if its lane has more than its share of work
 LATE_SHARE = 0.33  # of its own promise to the first token: then somebody makes room for it
 PACE_STEPS = 2.0  # prompt tokens that may follow at once, in steps' worth: what an engine has on its way
+FLOOD_HELD = 0.5  # of the slots that bulk leaves free, a tenant that alone has a line leaves to the others
 OVERSHOOT = 1.1  # running jobs over the window before anybody is preempted
 FIRST_DELTA = 4  # tokens; a first report of more comes from a job that does not stream
 STEPS_TO_FIRST = 4.0  # steps from admission to first token, at most: the one that runs, one on its way, its own
@@ -230,34 +233,45 @@ class AdaptiveScheduler:
         held = min(math.ceil(self._settings.held_slots * limits.window), limits.window - 1)
         held = held if self._first_token_s < math.inf else 0
         while (free := limits.window - len(self._running)) > 0:
-            lanes = [
-                lane for lane, waiting in self._lanes.items() if waiting and (lane is not Lane.BULK or free > held)
-            ]
+            lanes = [lane for lane, waiting in self._lanes.items() if waiting and free > self._leaves_free(lane, held)]
             starving = self._starving()
             if not lanes and starving is None:
                 break
             lane = starving or self._turns.next(lanes)
             wait_s = 0.0 if starving else self._pace_s(lane, limits)
             if wait_s > 0:
-                others = [other for other in lanes if other is not lane and self._impatient(other)]
+                others = [other for other in lanes if other is not lane and self._hurries(other)]
                 if not others or self._pace_s(others[0], limits) > 0:
                     return tuple(admitted), wait_s
                 lane = others[0]
             admitted.append(self._start(lane))
         return tuple(admitted), None
 
+    def _leaves_free(self, lane: Lane, held: int) -> int:
+        """Slots the next job of this lane must leave: bulk to the lanes above, one tenant's line to other tenants."""
+        if lane is Lane.BULK:
+            return held
+        waiting = self._lanes[lane]
+        return int(FLOOD_HELD * held) if len(waiting) > held and waiting.flooded() else 0
+
     def _pace_s(self, lane: Lane, limits: _Limits) -> float:
         """Seconds until the pace lets the head of this lane through."""
         if math.isinf(limits.room) or self._room >= 0:
             return 0.0
         allowed = 0.0
-        if self._impatient(lane):
+        if self._hurries(lane):
             allowed = -limits.room * (DEBT_STEPS if self._short(lane) else OVERLOAD_DEBT_STEPS)
         if self._room >= allowed:
             return 0.0
         return (allowed - self._room) / limits.room * limits.pace_s + 1e-6
 
-    def _impatient(self, lane: Lane, share: float = PATIENCE_SHARE) -> bool:
+    def _hurries(self, lane: Lane) -> bool:
+        """May the head of this lane run ahead of the pace: late, or held up by another tenant's line?"""
+        return self._impatient(lane, PATIENCE_SHARE) or (
+            bool(self._promises[lane].first_token_s) and self._lanes[lane].ahead()
+        )
+
+    def _impatient(self, lane: Lane, share: float) -> bool:
         """Has the head of this lane waited for this share of its promise?"""
         promise_s = self._promises[lane].first_token_s
         job = self._lanes[lane].next() if promise_s else None

@@ -94,6 +94,19 @@ class Tenants:
         self._uncount(tenant)
         return job
 
+    def ahead(self) -> bool:
+        """Is the next job of a tenant that was served clearly less than another that waits?"""
+        if self._turn() is None:
+            return False
+        behind = self._behind
+        while behind and not self._holds(*behind[0]):
+            heapq.heappop(behind)
+        return bool(behind)
+
+    def flooded(self) -> bool:
+        """Is all that waits one tenant's, though it is not the only tenant there is?"""
+        return len(self._counts) == 1 and len(self._served) > 1
+
     def cost(self, job: Candidate) -> float:
         """What the job will probably use, in prompt tokens."""
         return job.prompt_tokens + COMPLETION_WEIGHT * self.expected(job)
@@ -123,7 +136,7 @@ class Tenants:
         limit = self._smallest() + self._slack
         while self._behind and self._behind[0][0] <= limit:
             served, tenant = heapq.heappop(self._behind)
-            if self._counts.get(tenant) and self._served[tenant] == served:
+            if self._holds(served, tenant):
                 heapq.heappush(self._equals, (*self._head(tenant)[:2], tenant))
         while True:
             submitted_s, order, tenant = self._equals[0]
@@ -137,12 +150,15 @@ class Tenants:
         """The smallest counter among tenants with waiting jobs, or when there last was one."""
         least = self._least
         while least:
-            served, tenant = least[0]
-            if self._counts.get(tenant) and self._served[tenant] == served:
-                self._floor = served
+            if self._holds(*least[0]):
+                self._floor = least[0][0]
                 break
             heapq.heappop(least)
         return self._floor
+
+    def _holds(self, served: float, tenant: str) -> bool:
+        """Is this entry of a heap still true?"""
+        return bool(self._counts.get(tenant)) and self._served[tenant] == served
 
     def _head(self, tenant: str) -> tuple[float, int, JobId]:
         heap = self._waiting[tenant]

@@ -2,7 +2,7 @@
 the promised wait is true. Each runs the fleet a few times on one seed and returns plain numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from codeyard.shared.job import Lane
@@ -111,6 +111,18 @@ def greedy(
     for what, pick in _LATENCIES.items():
         ratio = _worst_p99(stormy, others, pick) / _worst_p99(calm, others, pick)
         checks.append(Check(f"others' p99 {what}, over that without it", ratio, "<= 1.3", ratio <= 1.3))
+    return checks
+
+
+def over_seeds(runs: Sequence[Sequence[Check]]) -> list[Check]:
+    """The same checks under several seeds as one: the mean is judged, the name tells the spread."""
+    checks = []
+    for same in zip(*runs, strict=True):
+        values = [check.value for check in same]
+        mean, (sign, limit) = sum(values) / len(values), same[0].target.split()
+        kept = mean >= float(limit) if sign == ">=" else mean <= float(limit)
+        name = f"{same[0].name}, mean of {len(values)} seeds ({min(values):.2f} to {max(values):.2f})"
+        checks.append(Check(name, mean, same[0].target, kept) if len(values) > 1 else same[0])
     return checks
 
 
