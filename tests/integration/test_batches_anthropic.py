@@ -132,6 +132,7 @@ EMPTY = b'{"custom_id": "%d", "params": {}}'
         (b'{"requests": [{"custom_id": "a", "params": {"x": "%s"}}]}' % (b"x" * 200_000), 413, "at most"),
         (b'{"requests": ["\xff"]}', 400, ""),
         (b'{"requests": [{"custom_id": "a", "params": {"x": "\xff"}}]}', 400, "utf-8"),
+        (b'{"requests": [{"custom_id": "a", "params": {"x": "\\ud800"}}]}', 400, "surrogates"),
         (b'{"requests": [{"custom_id": "a", "params": {}}], "more": 1}', 400, "requests: an object with"),
         (b'{"requests": [{"custom_id": "a", "params": {}} 7]}', 400, "xpecting"),
         (b'{"requests": [%s1%s]}' % (b"[" * 100_000, b"]" * 100_000), 400, ""),

@@ -1,11 +1,12 @@
 """How batches wait, change hands, and end otherwise than by finishing."""
 
+import asyncio
 import json
 import time
 from typing import Any
 
 import httpx
-from support.batches import OPENAI_LINE, ended, openai_at, openai_line, uploaded
+from support.batches import OPENAI_LINE, PATIENCE_S, ended, openai_at, openai_line, uploaded
 from support.fleet import Backend, gateway_task, worker_task
 from support.gateway import MODEL, declared
 
@@ -83,8 +84,9 @@ async def test_the_next_gateway_cancels_what_the_one_before_submitted(backend: B
             batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
             await ended(client, batch.id, until=lambda one: one.status == "in_progress")
             async with httpx.AsyncClient(base_url=url) as http:
-                while len(jobs := (await http.get("/v1/jobs?limit=100")).json()["jobs"]) < 10:
-                    pass
+                async with asyncio.timeout(PATIENCE_S):
+                    while len(jobs := (await http.get("/v1/jobs?limit=100")).json()["jobs"]) < 10:
+                        pass
         async with gateway_task(settings) as url, openai_at(url) as client:
             await client.batches.cancel(batch.id)
             done = await ended(client, batch.id)

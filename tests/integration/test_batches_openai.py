@@ -66,6 +66,8 @@ async def test_what_is_no_request_is_in_the_error_file_with_its_line_and_reason(
         json.dumps({**OPENAI_LINE, "custom_id": "stream", "body": {**OPENAI_LINE["body"], "stream": True}}),
         json.dumps({**OPENAI_LINE, "custom_id": "model", "body": {**OPENAI_LINE["body"], "model": "nobody"}}),
         json.dumps({**OPENAI_LINE, "custom_id": ""}),
+        json.dumps({**OPENAI_LINE, "custom_id": "half \ud800"}),
+        "[" * 100_000,
         "",
         json.dumps({**OPENAI_LINE, "custom_id": "long", "body": {**OPENAI_LINE["body"], "messages": [LONG]}}),
         openai_line(1),
@@ -89,12 +91,14 @@ async def test_what_is_no_request_is_in_the_error_file_with_its_line_and_reason(
         ("stream", "invalid_value", 7),
         ("model", "model_not_found", 8),
         (None, "missing_required_parameter", 9),
+        (None, "invalid_json_line", 10),
+        (None, "invalid_json_line", 11),
         ("long", None, None),
     ]
     failed = errors[-1]["response"]
     assert (failed["status_code"], failed["body"]["error"]["code"]) == (400, "context_length_exceeded")
     assert done.request_counts is not None
-    assert done.request_counts.to_dict() == {"total": 11, "completed": 2, "failed": 9}
+    assert done.request_counts.to_dict() == {"total": 13, "completed": 2, "failed": 11}
 
 
 LONG = {"role": "user", "content": "# a repository\n" * 40_000}  # 200,000 tokens, and a claimed prompt

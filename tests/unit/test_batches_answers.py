@@ -22,7 +22,7 @@ from codeyard.shared.limits.standing import Standing
         (errors.BrokerUnavailable("gone", maybe_accepted=True), None),
         (errors.StoreUnavailable("gone"), None),
         (errors.StorageQuotaExceeded("acme"), Later(AGAIN_S)),
-        (FleetError("submission broke off"), Later(AGAIN_S)),
+        (FleetError("submission broke off"), Later(AGAIN_S, broken=True)),
     ],
 )
 def test_what_may_be_otherwise_in_a_while_is_waited_for(error: FleetError, later: Later | None) -> None:

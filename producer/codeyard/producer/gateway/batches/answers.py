@@ -10,6 +10,8 @@ from codeyard.producer.gateway.batches.record import Refusal
 from codeyard.producer.gateway.problems import KINDS, kind_of
 from codeyard.shared.errors import FleetError, QueueFull, QuotaExceeded, StorageQuotaExceeded, UnknownModel
 
+MAX_BROKEN = 5  # submissions of one item that broke off, before it is given up
+BROKEN = Refusal(code="internal_error", message="the request could not be submitted")
 AGAIN_S = 1.0  # after a refusal that does not say when to come again
 SHORTEST_S = 0.05
 
@@ -20,6 +22,7 @@ class Later:
 
     seconds: float
     room: bool = False
+    broken: bool = False  # nobody knows why; not for ever
 
 
 def refusal_or_later(error: FleetError) -> Refusal | Later:
@@ -28,6 +31,7 @@ def refusal_or_later(error: FleetError) -> Refusal | Later:
     kind = kind_of(error)
     if isinstance(error, StorageQuotaExceeded) or kind == "internal-error" or KINDS[kind].status in (429, 503):
         room = isinstance(error, QueueFull | QuotaExceeded)
-        return Later(max(SHORTEST_S, getattr(error, "retry_after_s", None) or AGAIN_S), room)
+        after_s = max(SHORTEST_S, getattr(error, "retry_after_s", None) or AGAIN_S)
+        return Later(after_s, room, broken=kind == "internal-error")
     field: str | None = getattr(error, "field", None)
     return Refusal(code=kind.replace("-", "_"), message=str(error), param=field)

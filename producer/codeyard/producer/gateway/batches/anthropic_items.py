@@ -53,7 +53,7 @@ class AnthropicItems:
 
 
 def checked(request: Any, place: int) -> bytes:
-    """A request as the line it is kept as. Raises Refused."""
+    """A request as the line it is kept as. Raises Refused; ValueError for what is no text."""
     custom_id = request.get("custom_id") if isinstance(request, dict) else None
     if not isinstance(custom_id, str) or not _CUSTOM_ID.fullmatch(custom_id):
         reason = "1 to 64 letters, digits, underscores and hyphens"
@@ -61,7 +61,7 @@ def checked(request: Any, place: int) -> bytes:
     params = request.get("params")
     if not isinstance(params, dict):
         raise Refused("invalid-job", "an object, as /v1/messages takes it", field=f"requests.{place}.params")
-    return encoded({"custom_id": custom_id, "params": params})
+    return encoded({"custom_id": custom_id, "params": params}, strictly=True)
 
 
 def _result(custom_id: str, result: dict[str, Any]) -> bytes:

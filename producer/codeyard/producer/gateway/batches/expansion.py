@@ -15,11 +15,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from codeyard.producer.gateway.batches.answers import AGAIN_S, Later, refusal_or_later
+from codeyard.producer.gateway.batches.answers import AGAIN_S, BROKEN, MAX_BROKEN, Later, refusal_or_later
 from codeyard.producer.gateway.batches.items import Bad, Item, Reader, outcome_of
 from codeyard.producer.gateway.batches.record import (
     CANCEL,
@@ -95,6 +95,7 @@ class Expansion:
         self._ended: dict[int, Outcome] = {}  # by line, beyond the record's
         self._order: deque[int] = deque()  # lines with items, read and beyond the record's
         self._not_before_s = 0.0
+        self._broken: Counter[int] = Counter()  # submissions that broke off, by line
         self._wants_room = False  # what the last round met was a lack of room
         self._group_items = GROUP_ITEMS  # submitted at once: fewer where some of them were put off
         self._look_s = SHORTEST_LOOK_S
@@ -178,6 +179,11 @@ class Expansion:
         self._wants_room = bool(later) and all(outcome.room for outcome in later)
         self._group_items = max(1, len(group) - len(later)) if later else min(GROUP_ITEMS, 2 * self._group_items)
         for item, outcome in reversed(list(zip(group, outcomes, strict=True))):
+            if isinstance(outcome, Later) and outcome.broken:
+                self._broken[item.line] += 1
+                if self._broken[item.line] >= MAX_BROKEN:
+                    self._refused(item, BROKEN)
+                    continue
             if isinstance(outcome, Later):
                 self._pending.appendleft(item)
             elif isinstance(outcome, Refusal):
@@ -213,6 +219,10 @@ class Expansion:
                 )
             except FleetError as error:
                 return refusal_or_later(error)
+            except Exception:
+                # The edge of an item: whatever it does, the others go on.
+                log.exception("batch_item_failed", extra={"batch": self._batch.id, "line": item.line})
+                return Later(AGAIN_S, broken=True)
         return ids
 
     def _refused(self, item: Item, refusal: Refusal) -> None:

@@ -100,5 +100,16 @@ def outcome_of(states: Sequence[State]) -> Outcome:
     return next((OUTCOMES[state] for state in states if state is not State.SUCCEEDED), Outcome.SUCCEEDED)
 
 
-def encoded(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+def is_text(given: str) -> bool:
+    """False for one with halves of characters, which JSON can spell and UTF-8 cannot."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def encoded(document: dict[str, Any], *, strictly: bool = False) -> bytes:
+    """Raises UnicodeEncodeError if `strictly`; otherwise what is no text becomes question marks."""
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="strict" if strictly else "replace")

@@ -1,6 +1,7 @@
 """OpenAI's batch lines: `{"custom_id", "method": "POST", "url", "body"}`, and its lines of output and errors."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Asked]] = {
 }
 MAX_CUSTOM_ID = 512  # characters
 
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half a character
+
 DROPPED = {
     Outcome.EXPIRED: ("batch_expired", "the request was not executed before the completion window was over"),
     Outcome.CANCELLED: ("batch_cancelled", "the batch was cancelled before the request was executed"),
@@ -30,6 +33,8 @@ class OpenAiItems:
     def read(self, raw: bytes, line: int) -> Item | Bad:
         try:
             request = json.loads(raw)
+            if _HALF.search(raw):
+                json.dumps(request, ensure_ascii=False).encode()  # halves that are alone are no text
         except (ValueError, RecursionError):
             return Bad(line, None, Refusal(code="invalid_json_line", message="this line is not JSON in UTF-8"))
         custom_id = request.get("custom_id") if isinstance(request, dict) else None

@@ -18,6 +18,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from codeyard.producer.gateway import requests
+from codeyard.producer.gateway.batches.items import is_text
 from codeyard.producer.gateway.batches.openai_items import READERS
 from codeyard.producer.gateway.batches.reading import Batches, Seen, new_batch_id
 from codeyard.producer.gateway.batches.record import KINDS, WINDOW_S, BatchRecord, Outcome, Phase
@@ -217,6 +218,7 @@ def _asked(body: bytes) -> dict[str, Any]:
 def _fits(metadata: Any) -> bool:
     return (
         isinstance(metadata, dict)
+        and is_text(json.dumps(metadata, ensure_ascii=False))
         and len(metadata) <= MAX_METADATA
         and all(len(key) <= MAX_METADATA_KEY for key in metadata)
         and all(isinstance(value, str) and len(value) <= MAX_METADATA_VALUE for value in metadata.values())
