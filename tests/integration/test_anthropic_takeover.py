@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx2
 import pytest
 from support.openai_sdk import Yard, yard_running
 
@@ -41,8 +42,6 @@ def new_key() -> dict[str, str]:
 
 def replace_worker(yard: Yard) -> None:
     yard.kill_worker()
-    assert yard.worker.stdout is not None
-    yard.worker.stdout.close()
     yard.start_worker()
 
 
@@ -85,3 +84,22 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error_and_the_same_key_gets_the
     assert words(again) == words(stored)
     assert words(again).startswith("".join(first)), "the simulated engine answers a prompt always the same"
     assert again.usage.output_tokens == 40
+
+
+def test_a_stream_whose_gateway_is_killed_is_told_again_by_another(yard: Yard, client: anthropic.Anthropic) -> None:
+    """The reader is told that it ended early, and the same request under its key gives the whole of the same job."""
+    asked: Any = {"model": MODEL, "max_tokens": 60, "messages": TURNS, "extra_headers": new_key()}
+    with yard.another_gateway() as url:
+        other = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0, timeout=60.0)
+        stream = other.messages.stream(**asked).__enter__()
+        pieces = iter(stream.text_stream)
+        first = [next(pieces) for _ in range(3)]
+    with other, stream, pytest.raises((anthropic.APIConnectionError, httpx2.TransportError)):
+        list(pieces)
+
+    with client.messages.stream(**asked) as again:
+        message = again.get_final_message()
+
+    assert words(message).startswith("".join(first))
+    assert message.id == stream.current_message_snapshot.id
+    assert message.usage.output_tokens == 60
