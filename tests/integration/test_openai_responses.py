@@ -149,13 +149,13 @@ def test_a_response_that_is_not_there_cannot_be_gone_on_from(yard: Yard) -> None
 @pytest.fixture(params=["embedded", pytest.param("servers", marks=pytest.mark.services)])
 def mortal(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Yard]:
     """A fleet of one test's own."""
-    with yards(request, tmp_path_factory, engine={"time_scale": 3.0}) as running:
+    with yards(request, tmp_path_factory, engine={"time_scale": 6.0}) as running:
         yield running
 
 
 def test_a_stream_goes_on_when_its_worker_is_killed_and_no_token_is_lost(mortal: Yard) -> None:
     """The next worker goes on from the tokens that were stored; the reader sees a pause."""
-    client = mortal.client(timeout=60)
+    client = mortal.client(timeout=120)
     stream = iter(
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "kill"}], stream=True)
     )
@@ -173,7 +173,7 @@ def test_a_stream_goes_on_when_its_worker_is_killed_and_no_token_is_lost(mortal:
 
 def test_a_stream_that_had_to_begin_again_ends_in_the_sdks_error_and_the_key_gets_the_answer(mortal: Yard) -> None:
     """With a seed a job cannot be continued exactly, so what was told does not count."""
-    client = mortal.client(timeout=60, default_headers={"Idempotency-Key": "seeded"})
+    client = mortal.client(timeout=120, default_headers={"Idempotency-Key": "seeded"})
     ask: dict[str, Any] = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "a seed"}],
@@ -199,7 +199,7 @@ async def test_a_response_is_followed_from_gateway_to_gateway(mortal: Yard) -> N
         others = [stack.enter_context(mortal.another_gateway()) for _ in range(2)]
         made = mortal.client().responses.create(model=MODEL, input="replicas", background=True)
         text, last, after, turn = "", "", -1, 0
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while last != "response.completed":
                 url = others[turn % 2]
                 turn += 1
