@@ -7,6 +7,7 @@ import logging
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ KINDS = (  # of plan.FaultKind, which is not imported before it is needed
     "--seed", type=click.IntRange(min=0), help="Of jobs and faults; the same seed plans the same. [default: drawn]"
 )
 @click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(KINDS), help="Only these faults; again for more. [default: all]"
+    "--kind", "kinds", multiple=True, type=click.Choice(KINDS), metavar="KIND", help="Only this fault; again for more."
 )
 @click.option("--engine", type=click.Choice(["simulated", "vllm"]), default="simulated", show_default=True)
 @click.option("--model", default="starter", show_default=True, help="ALIAS or ALIAS=DIRECTORY_OR_HUGGING_FACE_ID.")
@@ -67,6 +68,9 @@ def drill(
     accepted = succeeded + failed + expired + cancelled, nothing lost, duplicated or wrong, each stream its
     result. Status 0 only if so, and if the fleet came back after every fault.
 
+    Kinds of faults: kill_worker, kill_gateway, kill_producer, pause_worker, fill_queue, restart_broker,
+    restart_store, cut_broker, cut_store, delay_broker, delay_store.
+
     \b
     codeyard drill                                     5,000 jobs, 22 faults, about two minutes
     codeyard drill --jobs 100000 --faults 200 --seed 1 the long one
@@ -90,6 +94,8 @@ def drill(
     _check_installed(engine, against, plot_path)
     if against and not (where["broker_url"] and where["store_url"] and where["namespace"]):
         fail("--against needs --broker, --store and --namespace of the fleet, so that none is met by accident")
+    if not against and (where["broker_url"] or where["store_url"] or where["namespace"]):
+        fail("--broker, --store and --namespace are for --against; without it the drill starts its own fleet")
     real = not against and not embedded and RabbitServer.available() and RedisServer.available()
     with tempfile.TemporaryDirectory(prefix="codeyard-drill-") as folder:
         if not against:
@@ -125,7 +131,9 @@ def _in_silence() -> Iterator[None]:
     """What the clients log of the servers' absence is what the drill is about."""
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=RuntimeWarning, module="aio_pika")  # of links it gave up
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
