@@ -75,7 +75,9 @@ def _started(what: str, folder: Path) -> tuple[subprocess.Popen[bytes], str]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
     assert process.stdout is not None
     line = process.stdout.readline().decode()
-    assert line.startswith(what), (folder / f"{what}.log").read_text()[-2_000:]
+    if not line.startswith(what):
+        _ended(process)
+        raise AssertionError((folder / f"{what}.log").read_text()[-2_000:])
     return process, line
 
 
