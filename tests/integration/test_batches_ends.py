@@ -58,9 +58,12 @@ async def test_a_batch_waits_for_the_tenants_limits(embedded: Backend) -> None:
         file = await uploaded(client, [openai_line(n) for n in range(30)])
         batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         done = await ended(client, batch.id)
+        async with httpx.AsyncClient(base_url=url) as http:
+            metrics = (await http.get("/metrics")).text
 
     assert done.request_counts is not None
     assert done.request_counts.to_dict() == {"total": 30, "completed": 30, "failed": 0}
+    assert 'codeyard_batch_items_total{outcome="succeeded"} 30.0' in metrics
 
 
 async def test_a_batch_waits_for_a_full_queue(backend: Backend) -> None:

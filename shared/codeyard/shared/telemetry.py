@@ -191,6 +191,12 @@ class Metrics:
             "Circuit breakers: 0 closed, 1 half-open, 2 open. kind: store, broker, model.",
             "kind model",
         )
+        self.batches_owned = self._gauge("codeyard_batches_owned", "Batches this gateway works on.")
+        self.batch_items = self._counter(
+            "codeyard_batch_items_total",
+            "Items of batches that this gateway saw end. outcome: succeeded, errored, cancelled, expired.",
+            "outcome",
+        )
         self.webhooks = self._counter(
             "codeyard_webhooks_total",
             "Deliveries of callbacks this gateway made. outcome: delivered, again (to be tried again), given_up.",

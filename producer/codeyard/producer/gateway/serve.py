@@ -148,7 +148,7 @@ async def _serve(
                 tasks.create_task(deliverer.run(stop), name="webhooks")
             if access.key_set is not None:
                 tasks.create_task(access.key_set.run(stop), name="key set")
-            tasks.create_task(run_batches(shelves, client.store, jobs_of, settings, stop), name="batches")
+            tasks.create_task(run_batches(shelves, client.store, jobs_of, settings, metrics, stop), name="batches")
             tasks.create_task(server.stop_when(stop), name="stop")
             await server.serve(sockets=[listener])
     log.info("gateway_stopped", extra={"url": url})

@@ -40,6 +40,7 @@ from codeyard.shared.errors import BlobMissing, FleetError, StoreUnavailable
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.record import State
 from codeyard.shared.store.port import Store
+from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Expansion:
         *,
         in_flight: int,
         most_line_bytes: int,
+        metrics: Metrics,
         stop: asyncio.Event,
     ) -> None:
         self._name = document.name
@@ -80,6 +82,7 @@ class Expansion:
         self._jobs = jobs
         self._in_flight = in_flight
         self._most_line_bytes = most_line_bytes
+        self._metrics = metrics
         self._stop = stop
         self._batch = BatchRecord.decode(document.body)
         self._cancelling = document.wish.startswith(CANCEL)
@@ -323,7 +326,9 @@ class Expansion:
         line, done = self._batch.line, self._batch.done
         while self._order and self._order[0] in self._ended:
             line = self._order.popleft()
-            done = done.plus(self._ended.pop(line))
+            outcome = self._ended.pop(line)
+            done = done.plus(outcome)
+            self._metrics.batch_items.labels(outcome=outcome.value).inc()
         if line == self._batch.line:
             return False
         self._batch = self._batch.with_(line=line, done=done)

@@ -21,6 +21,7 @@ from codeyard.shared.envelope import new_nonce
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.settings import GatewaySettings
 from codeyard.shared.store.port import Store
+from codeyard.shared.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,12 @@ JobsOf = Callable[[str], TenantJobs]
 
 
 async def run_batches(
-    shelves: Shelves, store: Store, jobs_of: JobsOf, settings: GatewaySettings, stop: asyncio.Event
+    shelves: Shelves,
+    store: Store,
+    jobs_of: JobsOf,
+    settings: GatewaySettings,
+    metrics: Metrics,
+    stop: asyncio.Event,
 ) -> None:
     """Until `stop` is set; what is under way then goes on with the next gateway, at once."""
     owner = f"{socket.gethostname()}:{os.getpid()}:{new_nonce()[:8]}"
@@ -47,6 +53,7 @@ async def run_batches(
                 jobs_of(document.name.tenant),
                 in_flight=settings.batch_in_flight,
                 most_line_bytes=settings.max_body_bytes,
+                metrics=metrics,
                 stop=stop,
             ).run()
         except Exception:
@@ -54,6 +61,7 @@ async def run_batches(
             log.exception("batch_failed", extra={"batch": document.name.id})
         finally:
             at_work.discard(document.name)
+            metrics.batches_owned.set(len(at_work))
 
     async with asyncio.TaskGroup() as tasks:
         while not stop.is_set():
@@ -65,6 +73,7 @@ async def run_batches(
                     document = await shelves.documents.take(name, owner, lease_s=LEASE_S)
                     if document is not None:
                         at_work.add(name)
+                        metrics.batches_owned.set(len(at_work))
                         tasks.create_task(work(document), name=f"batch {name.id}")
             except StoreUnavailable as error:
                 log.warning("batches_not_seen", extra={"error": str(error)})
