@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,18 @@ class ChatContract:
             answer = said(await run(engine, asked))
             assert (answer.content or "").rstrip() == answer.text.rstrip()
             assert not answer.tool_calls
+
+    async def test_an_answer_that_might_call_goes_on_where_another_worker_was(self, engine: Engine) -> None:
+        """Content and text alike, to the character."""
+        asked = job("whole", Chat(messages=HELLO, tools=(LOOK,)), stream=True)
+        deltas = await run(engine, asked)
+        told, whole = said(deltas[:10]), said(deltas)
+        rest = await run(engine, replace(asked, prefix_token_ids=tuple(told.token_ids), prefix_text=told.text))
+        for delta in rest:
+            told.add(delta)
+        assert engine.info.resumes_calls
+        assert (told.text, told.content, told.token_ids) == (whole.text, whole.content, whole.token_ids)
+        assert rest[-1].prompt_tokens == deltas[-1].prompt_tokens
 
     @pytest.mark.parametrize("stream", [False, True])
     async def test_each_token_has_its_log_probability(self, engine: Engine, stream: bool) -> None:
