@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 # Those of RabbitMQ go through rabbitmq_link's `translated`, those of Redis through redis_link's `_bounded`.
 _PARTS = ("consumer", "decoding", "link", "probe", "publishing")
 RABBITMQ = {"rabbitmq", *(f"rabbitmq_{part}" for part in _PARTS)}
+GRPC = {"calls", "client", "client_inference", "door", "link", "refusals", "server", "serving"}
 CALLERS = {
     "aio_pika": RABBITMQ,
     "aiormq": RABBITMQ,
@@ -42,7 +43,17 @@ CALLERS = {
     # What sending meets: test_webhooks_sending.py. demo and drill stand for a backend service: nobody's adapter.
     "httpx": {"demo", "jwks", "producing", "sending"},
     # What it raises: test_rpc_refusals.py.
-    "grpc": {"calls", "client", "client_inference", "codeyard_pb2_grpc", "door", "link", "refusals", "serving"},
+    "grpc": {
+        "calls",
+        "client",
+        "client_inference",
+        "codeyard_pb2_grpc",
+        "door",
+        "link",
+        "refusals",
+        "server",
+        "serving",
+    },
     "jwt": {"jwks", "tokens"},  # what it raises: test_auth_tokens.py
 }
 

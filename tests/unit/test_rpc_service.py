@@ -8,13 +8,15 @@ import grpc
 import pytest
 from support.asgi import JOB_ID, MadeUpJob, MadeUpJobs, status
 from support.brokers import comes_to
-from support.rpc import Service, service_over
+from support.rpc import Service, service_over, status_and_kind
 
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.producer.rpc import inference
 from codeyard.shared.job import JobId, job_id_for_key
 from codeyard.shared.record import Event, EventKind, State
 from codeyard.shared.store.port import CancelVerdict
+
+PATIENCE_S = 15.0  # for what must happen; reached only by a failing test
 
 
 class SlowJobs(MadeUpJobs):
@@ -207,6 +209,48 @@ async def test_a_malformed_wait_is_refused() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await service.stub.Get(pb.GetRequest(job_id=JOB_ID, wait_s=wait_s))
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_what_is_no_message_is_refused_and_not_an_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """A caller with another protocol, or a scanner: no traceback, and a stream's other requests go on."""
+    jobs = SlowJobs()
+    jobs.gate.set()
+    jobs.go.set()
+    async with service_over(jobs) as service:
+        raw: Any = service.channel  # sends bytes as they are
+        for method in ("Submit", "Get", "Cancel"):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await raw.unary_unary(f"/codeyard.v1.Fleet/{method}")(b"\xff\xff")
+            assert status_and_kind(refused.value) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid-parameter")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await anext(aiter(raw.unary_stream("/codeyard.v1.Fleet/Stream")(b"\xff\xff")))
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        call = raw.stream_stream("/codeyard.v1.Fleet/StreamInference")()
+        for sent in (b"\xff\xff", asked("a").SerializeToString(), b"\x08"):
+            await call.write(sent)
+        await call.done_writing()
+        responses = [pb.InferenceResponse.FromString(response) async for response in call]
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await raw.unary_unary("/codeyard.v1.Fleet/Delete")(b"")
+
+    ends = sorted((response.correlation_id, response.refusal.field) for response in responses if response.is_end)
+    assert ends == [("", "message"), ("", "message"), ("a", "")]
+    assert unknown.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+async def test_what_is_no_http_at_all_ends_its_connection_and_nothing_else() -> None:
+    """Bytes at random, and HTTP/1.1 from a browser at the wrong port."""
+    async with service_over(MadeUpJobs()) as service:
+        host, port = service.address.split(":")
+        for sent in (b"\x00" * 100, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff" * 9):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(sent)
+            writer.write_eof()
+            async with asyncio.timeout(PATIENCE_S):
+                await reader.read()
+            writer.close()
+        assert (await service.stub.Get(pb.GetRequest(job_id=JOB_ID))).id == JOB_ID
 
 
 async def test_the_trace_of_a_caller_travels_with_its_job() -> None:

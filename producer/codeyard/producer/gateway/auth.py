@@ -5,7 +5,7 @@
 A text with the form of an API key is one (gateway.keys); anything else is a JWT (gateway.tokens). Whatever is
 presented, the answer is a Caller, Unauthorized, or StoreUnavailable / AuthUnavailable: what cannot be checked
 is not let in. Credentials never appear in errors or logs. docs/auth.md is the page.
-Called by: gateway.app.
+Called by: gateway.app, rpc.door, rpc.calls.
 """
 
 import hmac

@@ -4,7 +4,7 @@ Promise: a job of another tenant is `JobNotFound`, whatever is asked of it and i
 never was; a submission is counted against the tenant's limits before anything else is done, and what it took
 is given back if it came to nothing. Ids of jobs with a key are derived from the tenant, so the same key of two
 tenants is two jobs.
-Called by: gateway.app, one for each request.
+Called by: gateway.app and rpc.calls, one for each request.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence

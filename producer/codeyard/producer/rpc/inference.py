@@ -12,6 +12,8 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import Message
+
 from codeyard.producer.gateway.problems import Refused
 from codeyard.producer.gateway.tenancy import Submitted, TenantJobs
 from codeyard.producer.rpc import codeyard_pb2 as pb
@@ -43,14 +45,15 @@ class Inference:
             while True:
                 await self._room.acquire()
                 request = await self._call.context.read()
-                if not isinstance(request, pb.InferenceRequest):  # grpc.aio.EOF
+                if request is not None and not isinstance(request, pb.InferenceRequest):  # grpc.aio.EOF
                     return True
                 tasks.create_task(self._answer(request))
         raise AssertionError("a task group does not swallow")
 
-    async def _answer(self, request: pb.InferenceRequest) -> None:
-        mine = False
+    async def _answer(self, sent: pb.InferenceRequest | None) -> None:
+        request, mine = sent or pb.InferenceRequest(), False
         try:
+            checked(sent)
             self._check(request)
             self._open.add(request.correlation_id)
             mine = True
@@ -114,6 +117,12 @@ class Inference:
     async def _write(self, response: pb.InferenceResponse) -> None:
         async with self._writing:
             await self._call.context.write(response)
+
+
+def checked(request: Message | None) -> None:
+    """None: what was sent could not be read."""
+    if request is None:
+        raise Refused("invalid-parameter", "this is no message of this method", field="message")
 
 
 def check_sequence(asked: int, status: JobStatus) -> None:

@@ -10,8 +10,12 @@ import logging
 import math
 from collections.abc import Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.message import DecodeError, Message
 from pydantic import TypeAdapter, ValidationError
 
 from codeyard.producer.gateway import requests
@@ -24,7 +28,7 @@ from codeyard.producer.rpc import asking, wire
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.producer.rpc.calls import Call, Calls, Context
 from codeyard.producer.rpc.codeyard_pb2_grpc import FleetServicer
-from codeyard.producer.rpc.inference import Inference, check_sequence
+from codeyard.producer.rpc.inference import Inference, check_sequence, checked
 from codeyard.shared.access.keys import Scope
 from codeyard.shared.errors import FleetError, InvalidJob, ResultTimeout
 from codeyard.shared.job import Name
@@ -46,6 +50,7 @@ class Fleet(FleetServicer):
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.SubmitResponse:
         async with self._calls.answering(context, "Submit") as call:
+            checked(request)
             wait_s = self._wait_s(request.wait_s, context)
             jobs = await call.jobs(Scope.SUBMIT)
             submitted = await self.finished(self.submit(call, jobs, request.submission))
@@ -59,6 +64,7 @@ class Fleet(FleetServicer):
 
     async def Get(self, request: pb.GetRequest, context: Context) -> pb.JobStatus:
         async with self._calls.answering(context, "Get") as call:
+            checked(request)
             wait_s = self._wait_s(request.wait_s, context)
             jobs = await call.jobs(Scope.READ)
             status = await jobs.status(requests.known_form(request.job_id))
@@ -67,6 +73,7 @@ class Fleet(FleetServicer):
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         async with self._calls.answering(context, "Cancel") as call:
+            checked(request)
             jobs = await call.jobs(Scope.CANCEL)
             verdict = await jobs.cancel(requests.known_form(request.job_id))
             return pb.CancelResponse(outcome=wire.OUTCOMES[verdict])
@@ -74,6 +81,7 @@ class Fleet(FleetServicer):
 
     async def Stream(self, request: pb.StreamRequest, context: Context) -> None:
         async with self._calls.answering(context, "Stream") as call:
+            checked(request)
             jobs = await call.jobs(Scope.READ)
             job_id = requests.known_form(request.job_id)
             check_sequence(request.from_sequence, await jobs.status(job_id))
@@ -177,6 +185,32 @@ class Fleet(FleetServicer):
         except ResultTimeout:
             final = None
         return final or await jobs.status(status.id)
+
+
+def handlers_of(fleet: Fleet) -> dict[str, Any]:
+    """Its methods, as gRPC serves them. The generated ones end the call in a traceback if a message cannot be read;
+    here it is None."""
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    handlers = {}
+    for method in pb.DESCRIPTOR.services_by_name["Fleet"].methods:
+        sent = message_factory.GetMessageClass(method.output_type)
+        handlers[method.name] = kinds[method.client_streaming, method.server_streaming](
+            getattr(fleet, method.name),
+            request_deserializer=partial(_read, message_factory.GetMessageClass(method.input_type)),
+            response_serializer=sent.SerializeToString,
+        )
+    return handlers
+
+
+def _read(kind: type[Message], sent: bytes) -> Message | None:
+    try:
+        return kind.FromString(sent)
+    except DecodeError:
+        return None
 
 
 def _asked(message: pb.Submission) -> tuple[requests.SubmitBody, str | None]:

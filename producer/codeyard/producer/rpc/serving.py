@@ -23,9 +23,8 @@ from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.waiting import unless
 from codeyard.producer.rpc import codeyard_pb2 as pb
 from codeyard.producer.rpc.calls import Calls
-from codeyard.producer.rpc.codeyard_pb2_grpc import add_FleetServicer_to_server
 from codeyard.producer.rpc.door import Door
-from codeyard.producer.rpc.server import Fleet
+from codeyard.producer.rpc.server import Fleet, handlers_of
 from codeyard.shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ async def serving(
     fleet = Fleet(kit, calls)
     door = Door(SERVICE, auth, calls)
     server = grpc.aio.server(interceptors=[door], options=_options(kit.settings.max_body_bytes))
-    add_FleetServicer_to_server(fleet, server)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers_of(fleet)),))
     told = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(told, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
