@@ -39,6 +39,7 @@ def below(pid: int) -> Iterator[tuple[int, str]]:
 async def test_an_engine_killed_in_the_middle_of_a_batch_costs_no_job(
     embedded: Backend, tmp_path: Path, engine: str, name: str
 ) -> None:
+    """The worker loads it anew and runs again what it had in hand; nobody else has to notice."""
     settings = embedded.settings(
         worker={"engine": engine, "model": "starter", "stall_s": 60},
         engine={"enforce_eager": True, "time_scale": 1.0, "max_running": 8},
