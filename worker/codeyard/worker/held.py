@@ -16,39 +16,69 @@ from codeyard.worker.engines.port import Delta
 
 
 @dataclass(slots=True, eq=False)
-class Said:
-    """What a row of deltas says together. Pieces of one call that follow each other are joined."""
+class _Call:
+    """Pieces of one call that followed each other. `said`: its arguments."""
 
-    text: str = ""
+    index: int
+    id: str | None
+    name: str | None
+    said: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class Said:
+    """What a row of deltas says together. Adding one takes as long after a long answer as after a short one."""
+
     token_ids: list[int] = field(default_factory=list)
-    content: str | None = None  # None: no delta had any; all of `text`
-    calls: list[ToolCallDelta] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    _text: list[str] = field(default_factory=list)
+    _content: list[str] | None = None  # None: no delta had any
+    _calls: list[_Call] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.token_ids or self.content or self.calls)
+        return bool(self.token_ids or self._calls or self.text or self.content)
 
     def add(self, said: Delta | Event) -> None:
-        self.text += said.text
+        self._text.append(said.text)
         self.token_ids.extend(said.token_ids)
-        if said.content is not None:
-            self.content = (self.content or "") + said.content
-        for piece in said.tool_calls:
-            if self.calls and piece.id is None and self.calls[-1].index == piece.index:
-                last = self.calls.pop()
-                piece = last.model_copy(update={"arguments": last.arguments + piece.arguments})
-            self.calls.append(piece)
         self.logprobs.extend(said.logprobs)
+        if said.content is not None:
+            self._content = self._content or []
+            self._content.append(said.content)
+        for piece in said.tool_calls:
+            if self._calls and piece.id is None and self._calls[-1].index == piece.index:
+                self._calls[-1].said.append(piece.arguments)
+            else:
+                self._calls.append(_Call(piece.index, piece.id, piece.name, [piece.arguments]))
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def content(self) -> str | None:
+        """None: all of the text."""
+        return None if self._content is None else "".join(self._content)
+
+    @property
+    def pieces(self) -> tuple[ToolCallDelta, ...]:
+        """Those of one call that follow each other are one."""
+        return tuple(
+            ToolCallDelta(index=call.index, id=call.id, name=call.name, arguments="".join(call.said))
+            for call in self._calls
+        )
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """Whole, in the order of their indices."""
-        pieces: dict[int, list[ToolCallDelta]] = {}
-        for piece in self.calls:
-            pieces.setdefault(piece.index, []).append(piece)
+        calls: dict[int, list[_Call]] = {}
+        for call in self._calls:
+            calls.setdefault(call.index, []).append(call)
         return tuple(
-            ToolCall(id=of[0].id or "", name=of[0].name or "", arguments="".join(piece.arguments for piece in of))
-            for _, of in sorted(pieces.items())
+            ToolCall(
+                id=of[0].id or "", name=of[0].name or "", arguments="".join(said for one in of for said in one.said)
+            )
+            for _, of in sorted(calls.items())
         )
 
 
@@ -117,7 +147,7 @@ class TokenLog:
             text=said.text,
             token_ids=tuple(said.token_ids),
             content=said.content,
-            tool_calls=tuple(said.calls),
+            tool_calls=said.pieces,
             logprobs=tuple(said.logprobs),
             revision=self.revision,
         )
