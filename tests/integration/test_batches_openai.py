@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from support.batches import OPENAI_LINE, ended, openai_at, openai_line, uploaded
@@ -160,6 +161,37 @@ async def test_a_cancelled_batch_submits_nothing_more(embedded: Backend) -> None
     never = [one for one in errors if one["error"] is not None]
     assert len(never) >= 20
     assert {one["error"]["code"] for one in never} == {"batch_cancelled"}
+
+
+FIELDS: dict[str, list[Any]] = {
+    "input_file_id": [None, 7, [], {}],
+    "endpoint": [None, 7, [], {}, "/v1/embeddings"],
+    "completion_window": [None, [], "1h"],
+    "metadata": [7, [], {"a": 1}, {"a": "x" * 600}, {"x" * 65: ""}, {"a": "\ud800"}],
+    "output_expires_after": [{"anchor": "created_at", "seconds": 3600}],
+}
+BATCH: dict[str, Any] = {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"}
+
+
+async def test_a_body_that_asks_for_no_batch_is_refused_naming_the_field(embedded: Backend) -> None:
+    """Whatever it is: it is never our fault."""
+    wrong: list[tuple[bytes, str | None]] = [
+        (b"", None),
+        (b"[]", None),
+        (b"[" * 100_000, None),
+        *(
+            (json.dumps({**BATCH, field: value}).encode(), field)
+            for field, values in FIELDS.items()
+            for value in values
+        ),
+    ]
+    async with gateway_task(embedded.settings()) as url, httpx.AsyncClient(base_url=url) as http:
+        answers = [
+            await http.post("/v1/batches", content=body, headers={"Content-Type": "application/json"})
+            for body, _ in wrong
+        ]
+
+    assert [(one.status_code, one.json()["error"]["param"]) for one in answers] == [(400, field) for _, field in wrong]
 
 
 async def test_several_choices_are_one_result(embedded: Backend) -> None:
