@@ -13,7 +13,7 @@ from support.servers import RabbitServer, RedisServer
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(300)]
 
-LONG_S = 1_700
+LONG_S = 3_000
 LINKS = ("cut_broker", "cut_store", "delay_broker", "delay_store")
 
 
