@@ -38,7 +38,9 @@ def forces_form(job: EngineJob) -> bool:
 
 
 def logprobs_of(output: Any, decode: Decode, *, num_top: int) -> list[TokenLogprob]:
-    """Of a CompletionOutput: each of its tokens', with the `num_top` likeliest in its place."""
+    """Of a CompletionOutput: each of its tokens', with the `num_top` likeliest in its place. With no new token
+    vLLM 0.25.1 gives those of all earlier ones again."""
+    odds = output.logprobs[-len(output.token_ids) :] if output.token_ids else []
     return [
         token_logprob(
             decode,
@@ -46,7 +48,7 @@ def logprobs_of(output: Any, decode: Decode, *, num_top: int) -> list[TokenLogpr
             at[token].logprob,
             [(other, one.logprob) for other, one in at.items() if one.rank is not None and one.rank <= num_top],
         )
-        for token, at in zip(output.token_ids, output.logprobs, strict=True)
+        for token, at in zip(output.token_ids, odds, strict=True)
     ]
 
 
