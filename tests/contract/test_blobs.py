@@ -11,10 +11,14 @@ from support.redis_server import running_redis
 from codeyard.shared.blobs import whole
 from codeyard.shared.blobs.port import MAX_CHUNK_BYTES, BlobStore, Hold, PutVerdict, digest_of
 from codeyard.shared.blobs.redis import RedisBlobStore
-from codeyard.shared.errors import BlobMissing, StorageQuotaExceeded, StoreUnavailable
+from codeyard.shared.claims import deposit, hold_on, redeem, set_aside
+from codeyard.shared.errors import BlobMissing, MalformedMessage, StorageQuotaExceeded, StoreUnavailable
+from codeyard.shared.job import Claim, Job, new_job_id
 from codeyard.shared.settings import StoreSettings
+from codeyard.shared.store.port import Timing
 from codeyard.shared.topology import Topology
 
+JOB_ID = new_job_id()
 BYTES = bytes(range(256)) * 4  # no text: also what is not UTF-8 comes back as it was
 
 
@@ -147,6 +151,41 @@ async def test_a_whole_text_is_cut_kept_and_read_back(store: BlobStore) -> None:
         await whole.read_whole(store, "acme", [*digests, digest_of(b"never")])
     with pytest.raises(StorageQuotaExceeded):
         await whole.keep(store, "acme", [b"\3" * MAX_CHUNK_BYTES], holder="claims", ttl_s=60)
+
+
+async def test_a_claimed_prompt_lives_as_long_as_its_job_and_its_next_life(store: BlobStore, blobs: BlobYard) -> None:
+    """A dead job that is redriven has a new deadline, and needs its prompt until then."""
+    timing = Timing(longest_run_s=10, retention_s=10, unpublished_s=10)
+    job = Job.build(
+        id=JOB_ID, tenant="acme", key="k", model="m", revision="m-1", prompt="x" * 100_000, timeout_s=10_000.0
+    )
+    aside = set_aside(job, max_prompt_bytes=1_000_000)
+    assert aside is not None
+    claim = aside.job.prompt
+    assert isinstance(claim, Claim)
+
+    await deposit(store, aside, timing)
+    await blobs.elapse(10_020)
+    assert await redeem(store, "acme", claim) == job.prompt
+    await hold_on(store, [aside.job, job], timing)
+    await blobs.elapse(10_020)
+    assert await redeem(store, "acme", claim) == job.prompt
+    await blobs.elapse(1_000)
+
+    with pytest.raises(BlobMissing):
+        await redeem(store, "acme", claim)
+    await hold_on(store, [aside.job], timing)
+
+
+async def test_a_claim_whose_bytes_are_no_prompt_is_malformed(store: BlobStore) -> None:
+    """Whoever wrote it: the job fails, the worker goes on."""
+    for stored in (b"no JSON", b'""', b"[]", b'{"messages": 1}'):
+        digests = await whole.keep(store, "acme", [stored], holder="claims", ttl_s=60)
+        claim = Claim(digest=digests[0], kind="text", size_bytes=len(stored), tokens=1, chunks=tuple(digests))
+        with pytest.raises(MalformedMessage):
+            await redeem(store, "acme", claim)
+        with pytest.raises(MalformedMessage, match="not the prompt"):
+            await redeem(store, "acme", claim.model_copy(update={"digest": "0" * 64}))
 
 
 @pytest.mark.services

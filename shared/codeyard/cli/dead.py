@@ -16,8 +16,10 @@ import click
 from codeyard.cli.dead_letters import MAX_HELD, Hand, Letter, Treated, Wanted, foretold, in_hand, redrive
 from codeyard.cli.jobs import as_json
 from codeyard.cli.options import EXIT_FAILED, connection, fail, one_line_errors, settings_of
+from codeyard.shared.blobs.port import BlobStore
 from codeyard.shared.broker.port import Broker
-from codeyard.shared.connect import open_broker, open_store
+from codeyard.shared.claims import hold_on
+from codeyard.shared.connect import open_blobs, open_broker, open_store
 from codeyard.shared.job import JobId
 from codeyard.shared.record import Record
 from codeyard.shared.store.port import Store
@@ -170,6 +172,7 @@ def redrive_letters(ids: tuple[str, ...], everything: bool, dry_run: bool, as_js
         if dry_run:
             treated = await foretold(chosen, yard.store)
         else:
+            await hold_on(yard.blobs, [one.envelope.job for one in chosen if one.envelope], yard.store.timing)
             places = (yard.hand, chosen, yard.broker, yard.store, yard.topology)
             treated = await redrive(*places, timeout_s=yard.publish_timeout_s)
         _report(treated, _missing(wanted, chosen), as_json, dry_run)
@@ -223,6 +226,7 @@ class Yard:
     hand: Hand
     broker: Broker
     store: Store
+    blobs: BlobStore
     topology: Topology
     publish_timeout_s: float
 
@@ -235,8 +239,12 @@ def _with_letters(where: dict[str, Any], work: Callable[[Yard], Awaitable[None]]
         try:
             store = await open_store(settings.store, topology)
             try:
-                async with in_hand(broker, topology) as hand:
-                    await work(Yard(hand, broker, store, topology, settings.broker.publish_timeout_s))
+                blobs = await open_blobs(settings.store, topology)
+                try:
+                    async with in_hand(broker, topology) as hand:
+                        await work(Yard(hand, broker, store, blobs, topology, settings.broker.publish_timeout_s))
+                finally:
+                    await blobs.close()
             finally:
                 await store.close()
         finally:

@@ -3,15 +3,16 @@
 So messages and records stay small, and equal prompts of one tenant are stored once. The bytes are written before
 the job is reserved: a job that anyone can see has its prompt. They stay until the record of the last job that
 claims them is over. Long is a prompt of more than CLAIM_OVER_BYTES as canonical JSON, which is also what is stored.
-Called by: producer.submission (set_aside, deposit), worker.execution (redeem).
+Called by: producer.submission (set_aside, deposit), worker.execution (redeem), `codeyard dead redrive` (hold_on).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
 from codeyard.shared.blobs import whole
-from codeyard.shared.blobs.port import BlobStore, digest_of
+from codeyard.shared.blobs.port import BlobStore, Hold, digest_of
 from codeyard.shared.chat import Chat
 from codeyard.shared.errors import JobTooLarge, MalformedMessage
 from codeyard.shared.job import CLAIM_OVER_BYTES, Claim, Job, Prompt, canonical_prompt, estimate_tokens
@@ -57,8 +58,20 @@ def set_aside(job: Job, *, max_prompt_bytes: int) -> SetAside | None:
 async def deposit(blobs: BlobStore, aside: SetAside, timing: Timing) -> None:
     """Raises StorageQuotaExceeded, StoreUnavailable."""
     job = aside.job
-    ttl_s = timing.unpublished_s + job.timeout_s + timing.longest_run_s + timing.retention_s + MARGIN_S
-    await whole.keep(blobs, job.tenant, aside.pieces, holder=HOLDER, ttl_s=ttl_s)
+    await whole.keep(blobs, job.tenant, aside.pieces, holder=HOLDER, ttl_s=_kept_s(job, timing))
+
+
+async def hold_on(blobs: BlobStore, jobs: Sequence[Job], timing: Timing) -> None:
+    """These begin once more, with a new deadline: keep what they claim as long as that takes. What has ended
+    already stays gone. Raises StoreUnavailable."""
+    for job in jobs:
+        if isinstance(job.prompt, Claim):
+            ttl_s = _kept_s(job, timing)
+            await blobs.hold([Hold(job.tenant, digest, HOLDER, ttl_s) for digest in job.prompt.chunks])
+
+
+def _kept_s(job: Job, timing: Timing) -> float:
+    return timing.unpublished_s + job.timeout_s + timing.longest_run_s + timing.retention_s + MARGIN_S
 
 
 async def redeem(blobs: BlobStore, tenant: str, claim: Claim) -> Prompt:
