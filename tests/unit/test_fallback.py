@@ -331,3 +331,44 @@ async def test_model_unavailable_is_a_503_with_retry_after() -> None:
 
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "4")
     assert answer.json()["type"] == "/docs#model-unavailable"
+
+
+TURN = {"model": "coder", "max_tokens": 5, "messages": [{"role": "user", "content": "x"}]}
+PROTOCOLS = [
+    ("/v1/jobs", {"model": "coder", "prompt": "x"}),
+    ("/v1/chat/completions", TURN),
+    ("/v1/completions", {"model": "coder", "prompt": "x"}),
+    ("/v1/messages", TURN),
+]
+
+
+@pytest.mark.parametrize("path, body", PROTOCOLS, ids=[path for path, _ in PROTOCOLS])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModelUnavailable("coder", "no worker serves it now", retry_after_s=3.2),
+        StoreUnavailable("it did not answer lately", retry_after_s=3.2),
+        BrokerUnavailable("it did not answer lately", retry_after_s=3.2),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_every_protocol_answers_503_with_the_time_of_the_next_try(
+    path: str, body: dict[str, Any], error: Exception
+) -> None:
+    """Each in its own words; the official SDKs wait for `Retry-After` before they try again."""
+    async with http_to(app_over(MadeUpJobs(error=error))) as http:
+        answer = await http.post(path, json=body)
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "4")
+
+
+@pytest.mark.parametrize("path, body", PROTOCOLS, ids=[path for path, _ in PROTOCOLS])
+async def test_every_protocol_names_the_stand_in_in_the_header(path: str, body: dict[str, Any]) -> None:
+    """Also those whose answers have no place for it."""
+    done = Result(state=State.SUCCEEDED, text="y", finish_reason="stop")
+    known = status(State.SUCCEEDED, model="coder-small", asked_model="coder", result=done, finished_at=2.0)
+    async with http_to(app_over(MadeUpJobs(known=known))) as http:
+        answer = await http.post(path, json=body)
+
+    assert answer.status_code == 200
+    assert answer.headers["x-codeyard-fallback-model"] == "coder-small"
