@@ -34,7 +34,6 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["Fleet"].full_name
 DRAIN_S = 2.0  # on top of the longest submission, for calls under way when told to stop
 HEALTH_S = 2.0  # between two looks at the servers
 PROBE_S = 2.0  # for a server to answer
-MIB = 1_048_576
 
 KEEPALIVE_MS = 30_000  # of silence, then a ping: a reader that vanished is noticed after this and the time to answer
 KEEPALIVE_ANSWER_MS = 10_000
