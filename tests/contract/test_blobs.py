@@ -205,6 +205,22 @@ async def test_on_redis_every_key_has_an_end(redis_url: str, namespace: str) -> 
 
 
 @pytest.mark.services
+async def test_bytes_that_redis_lost_are_counted_once_when_they_come_again(redis_url: str, namespace: str) -> None:
+    """A key that somebody deleted by hand must not cost the tenant its room for ever."""
+    yard = BlobYard(redis_url, Topology(namespace))
+    store = await yard.open()
+    await store.put([chunk(BYTES)])
+    async with yard._redis() as redis:
+        [data] = [key for key in await yard.keys() if ":blob:" in key]
+        await redis.delete(data)
+
+    assert await store.put([chunk(BYTES)]) == [PutVerdict.STORED]
+    assert await store.used_bytes("acme") == len(BYTES)
+    assert await store.read("acme", [digest_of(BYTES)]) == [BYTES]
+    await yard.tidy()
+
+
+@pytest.mark.services
 async def test_on_a_cluster_chunks_of_many_tenants_come_back_in_order(tmp_path: Path) -> None:
     """Each tenant's keys lie in one slot; a node with all slots refuses a script over two, as any cluster does."""
     async with running_redis(tmp_path / "redis", "--cluster-enabled", "yes") as server:

@@ -41,14 +41,16 @@ for n, request in ipairs(input.requests) do
     verdict = "present"
   elseif request.data then
     local bytes = ARGV[request.data]
-    if tonumber(redis.call("HGET", sizes, "sum") or 0) + #bytes > request.quota then
+    local lost = tonumber(redis.call("HGET", sizes, request.digest) or 0) -- still counted, and not there any more
+    local more = #bytes - lost
+    if tonumber(redis.call("HGET", sizes, "sum") or 0) + more > request.quota then
       verdict = "over_quota"
     else
       verdict = "stored"
       redis.call("SET", data, bytes)
       redis.call("DEL", holders)
       redis.call("HSET", sizes, request.digest, #bytes)
-      redis.call("HINCRBY", sizes, "sum", #bytes)
+      redis.call("HINCRBY", sizes, "sum", more)
     end
   end
   if verdict == "present" or verdict == "stored" then hold(request, ends, sizes, data, holders) end
