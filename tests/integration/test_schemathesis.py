@@ -54,7 +54,7 @@ async def schemathesis(url: str, folder: Path, *more: str) -> tuple[int, str]:
 @pytest.mark.timeout(400)
 async def test_no_described_operation_answers_with_a_5xx_or_something_undescribed(url: str, tmp_path: Path) -> None:
     """Generated clients believe the description; callers believe that a 5xx is worth another try."""
-    status, report = await schemathesis(url, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "8")
+    status, report = await schemathesis(url, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "25")
 
     assert status == 0, report
     assert f"Selected: {NUM_OPERATIONS}/{NUM_OPERATIONS}" in report
@@ -80,7 +80,7 @@ async def test_no_described_operation_does_so_in_many_tries_either(url: str, tmp
 @pytest.mark.timeout(400)
 async def test_fuzzed_bodies_end_no_process_and_are_no_server_errors(url: str) -> None:
     """Whatever is sent to any route that takes a body: a good answer or a refusal, and the gateway lives."""
-    await fuzz(url, num_bodies=1_200, seed=1)
+    await fuzz(url, num_bodies=3_000, seed=1)
 
 
 @pytest.mark.long
