@@ -13,7 +13,9 @@ from support.batches import PATIENCE_S
 from support.fleet import Backend, gateway_task, worker_task
 from support.gateway import MODEL, declared
 
+from codeyard.shared.connect import open_blobs
 from codeyard.shared.settings import Settings
+from codeyard.shared.topology import Topology
 
 PARAMS: dict[str, Any] = {
     "model": "starter",
@@ -99,6 +101,25 @@ async def test_results_come_as_they_finish_and_the_rest_can_be_cancelled(backend
     assert done.cancel_initiated_at is not None
     assert late["item-0"].type == "canceled"
     assert late["item-3"].type == "succeeded"
+
+
+async def test_a_batch_that_has_ended_can_be_deleted_with_its_results(embedded: Backend) -> None:
+    """And gives its room back; one that runs has to be cancelled first."""
+    settings = embedded.settings()
+    async with declared(settings), fleet(settings) as client:
+        batch = await client.messages.batches.create(requests=[asked(0, model=MODEL)])
+        with pytest.raises(anthropic.BadRequestError, match="cancel it first"):
+            await client.messages.batches.delete(batch.id)
+        await client.messages.batches.cancel(batch.id)
+        await ended(client, batch.id)
+        deleted = await client.messages.batches.delete(batch.id)
+        with pytest.raises(anthropic.NotFoundError):
+            await client.messages.batches.retrieve(batch.id)
+        blobs = await open_blobs(settings.store, Topology(settings.namespace))
+        used = await blobs.used_bytes("default")
+        await blobs.close()
+
+    assert (deleted.id, used) == (batch.id, 0)
 
 
 async def test_batches_are_listed_newest_first_in_pages(embedded: Backend) -> None:

@@ -5,6 +5,7 @@
     GET  /v1/messages/batches/{id}          how far it is
     GET  /v1/messages/batches/{id}/results  a line for each request that has ended, also while the others run
     POST /v1/messages/batches/{id}/cancel   submits nothing more, cancels what is under way
+    DELETE /v1/messages/batches/{id}        of one that has ended: its results go with it
 
 Called by: batches.surfaces.
 """
@@ -46,6 +47,7 @@ class AnthropicBatches:
             Route(PATH, "POST", Scope.SUBMIT, self.create),
             Route(PATH, "GET", Scope.READ, self.every),
             Route(f"{PATH}/{{batch_id}}", "GET", Scope.READ, self.one),
+            Route(f"{PATH}/{{batch_id}}", "DELETE", Scope.CANCEL, self.delete),
             Route(f"{PATH}/{{batch_id}}/results", "GET", Scope.READ, self.results),
             Route(f"{PATH}/{{batch_id}}/cancel", "POST", Scope.CANCEL, self.cancel),
         ]
@@ -95,6 +97,11 @@ class AnthropicBatches:
 
     async def cancel(self, request: Request, jobs: TenantJobs) -> Response:
         return _json(view(await self._batches.cancel(jobs.tenant, request.path_params["batch_id"])))
+
+    async def delete(self, request: Request, jobs: TenantJobs) -> Response:
+        batch_id: str = request.path_params["batch_id"]
+        await self._batches.delete(jobs.tenant, batch_id)
+        return _json({"id": batch_id, "type": "message_batch_deleted"})
 
     async def results(self, request: Request, jobs: TenantJobs) -> Response:
         seen = await self._batches.read(jobs.tenant, request.path_params["batch_id"])

@@ -133,7 +133,14 @@ def paths() -> dict[str, Any]:
         "/v1/messages/batches/{batch_id}": {
             "get": _anthropic(
                 "retrieveMessageBatch", "Anthropic: how far a message batch is", MESSAGE_BATCH, parameters=[batch_id]
-            )
+            ),
+            "delete": _anthropic(
+                "deleteMessageBatch",
+                "Anthropic: delete a message batch that has ended",
+                {"id": MESSAGE_BATCH["id"], "type": "message_batch_deleted"},
+                "cancel",
+                parameters=[batch_id],
+            ),
         },
         "/v1/messages/batches/{batch_id}/results": {
             "get": _anthropic("messageBatchResults", "Anthropic: the results", None, parameters=[batch_id])

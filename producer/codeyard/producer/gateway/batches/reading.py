@@ -57,6 +57,14 @@ class Batches:
             raise self._missing(batch_id)
         return Seen.of(wished)
 
+    async def delete(self, tenant: str, batch_id: str) -> None:
+        """Of a batch that has ended; its results go with it. Raises Refused."""
+        batch = (await self.read(tenant, batch_id)).batch
+        if not batch.phase.ended:
+            raise Refused("invalid-parameter", "the batch has not ended; cancel it first", field="batch_id")
+        await self._shelves.documents.delete(name_of(self._api, tenant, batch_id))
+        await self._shelves.blobs.release(tenant, batch_id, batch.chunks)
+
     def _missing(self, batch_id: str) -> Refused:
         return Refused("no-such-document", f"there is no batch {batch_id[:100]}, or it has ended", field="batch_id")
 
