@@ -6,7 +6,7 @@ A plan is written out, not a seed: what a seed draws may change, what once went 
 import pytest
 from support.simulation import world
 from support.simulation.mutations import MUTATIONS, RARE
-from support.simulation.plan import Call, JobPlan, Kind, LetterFault, Plan
+from support.simulation.plan import Call, Death, JobPlan, Kind, LetterFault, Plan
 from support.simulation.wire import CallFault, Phase
 
 TAKEN_TWICE = Plan(
@@ -37,12 +37,21 @@ GIVEN_UP = Plan(  # the client stands still, asks again, and waits for its own f
     jobs=(JobPlan(0, (Call(client=0, at_s=1.0),)),),
     faults=(CallFault("store.reserve", nth=1, phase=Phase.STALLS, told_s=6.6),),
 )
+ANSWERED_TWICE = Plan(  # both copies wait for a dead owner's lease at one worker, and the second answer is first
+    seed=32,
+    jobs=(JobPlan(0, (Call(client=0, at_s=1.0),), stream=True, num_tokens=4, step_s=0.9),),
+    faults=(LetterFault("copied", nth=1, after_s=0.1), Death("w0", at_s=2.6, back_s=5.0)),
+    num_workers=2,
+    latency_s=0.02,
+    starts_s=(0.0, 0.5),
+)
 FOUND = {
     "an adopted delivery is forgotten": TAKEN_TWICE,
     "a retry's copy is published before the job waits for it": SLOW_RELEASE,
     "a confirm that came too late is an acceptance": STOOD_STILL,
     "a dropped message is acked before its job is failed": DROPPED,
     "who attaches to a job that is given up is told that it is accepted": GIVEN_UP,
+    "two answers to one message are two runs under one fence": ANSWERED_TWICE,
 }
 
 

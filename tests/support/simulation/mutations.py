@@ -3,6 +3,7 @@
 Each is a small patch of the real code, in force while its context is entered. Called by: tests/simulation.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from codeyard.shared.store.port import (
 from codeyard.shared.store.transitions import Step
 from codeyard.worker.execution import Attempt, execute
 from codeyard.worker.held import Finished, HeldJob, Retry, TokenLog
+from codeyard.worker.intake import Intake
 from codeyard.worker.leases import LeaseKeeper
 from codeyard.worker.patience import persist
 from codeyard.worker.settler import Settler
@@ -330,6 +332,19 @@ def _restart_not_told() -> AbstractContextManager[object]:
     return patch.object(TokenLog, "restart", broken)
 
 
+def _two_runs_under_one_fence() -> AbstractContextManager[object]:
+    def broken(self: Intake, arrival: Any, answer: Claimed) -> None:
+        held = self._hand.get(arrival.envelope.job.id)
+        if held is not None and held.fence == answer.fence and answer.verdict is ClaimVerdict.ADOPT:
+            self._settler.adopt(held, arrival.delivery)
+            return
+        held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
+        self._hand.add(held)
+        self._on_claimed(held)
+
+    return patch.object(Intake, "_take", broken)
+
+
 MUTATIONS = (
     Mutation("ack before the commit", _ack_before_commit),
     Mutation("fence ignored at commit", lambda: _fence_ignored("commit")),
@@ -356,5 +371,6 @@ MUTATIONS = (
 RARE = (  # too rare for a few thousand schedules; tests/simulation/test_regressions.py has the plans that show them
     Mutation("a confirm that came too late is an acceptance", _late_confirm_accepted),
     Mutation("who attaches to a job that is given up is told that it is accepted", _attached_to_what_was_given_up),
+    Mutation("two answers to one message are two runs under one fence", _two_runs_under_one_fence),
     Mutation("a dropped message is acked before its job is failed", _dropped_acked_first),
 )

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 MAX_GROUP = 256  # deliveries claimed in one round trip
 MIN_HOLD_S = 0.05
 
+MINE = {ClaimVerdict.RUN, ClaimVerdict.ADOPT}
 ACK = {ClaimVerdict.FINAL, ClaimVerdict.DUPLICATE, ClaimVerdict.EXPIRED, ClaimVerdict.CANCELLED}
 DEAD = {
     ClaimVerdict.RECORD_MISSING: "no record, and past its deadline",
@@ -107,10 +108,8 @@ class Intake:
         dead: list[tuple[Delivery, str, str]] = []
         for arrival, answer in zip(arrivals, claimed, strict=True):
             verdict = answer.verdict
-            if verdict is ClaimVerdict.RUN:
+            if verdict in MINE:
                 self._take(arrival, answer)
-            elif verdict is ClaimVerdict.ADOPT:
-                self._adopt(arrival, answer)
             elif verdict is ClaimVerdict.HOLD:
                 holds.create_task(
                     self._ask_again(arrival, answer.hold_s, holds), name=f"hold {arrival.envelope.job.id}"
@@ -127,18 +126,16 @@ class Intake:
             await persist(lambda: self._consumer.ack(done))
 
     def _take(self, arrival: _Arrival, answer: Claimed) -> None:
+        """Ours under this fence, by this delivery or by another that was answered first: the same message may be
+        here twice, and its two answers come in any order. Two runs under one fence would write one stream. One
+        that is adopted and unknown here is ours all the same: an earlier claim's answer was lost."""
+        held = self._hand.get(arrival.envelope.job.id)
+        if held is not None and held.fence == answer.fence:
+            self._settler.adopt(held, arrival.delivery)
+            return
         held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
         self._hand.add(held)
         self._on_claimed(held)
-
-    def _adopt(self, arrival: _Arrival, answer: Claimed) -> None:
-        """Redelivered to its own owner. Unknown here, it is ours all the same: an earlier claim took
-        effect although its answer was lost."""
-        held = self._hand.get(arrival.envelope.job.id)
-        if held is None or held.fence != answer.fence:
-            self._take(arrival, answer)
-        else:
-            self._settler.adopt(held, arrival.delivery)
 
     def _condemn(self, arrival: _Arrival, answer: Claimed) -> None:
         held = HeldJob.of(arrival.envelope, arrival.delivery, answer, time.monotonic())
