@@ -129,15 +129,14 @@ class Audit:
             self._check_ack(letter, record)
 
     def _check_ack(self, letter: Letter, record: Record) -> None:
-        """A job that runs is in the reconciler's care when its lease is over, so a duplicate may go; the owner's
-        own message may not, and neither may the last one of a job that waits."""
+        """Of the last message of a job at the broker. A job that runs is in the reconciler's care when its lease
+        is over, so a duplicate may go; the message it runs by may not, nor any of a job that waits."""
+        if self._is_in_custody(record):
+            return
         if record.state is not State.RUNNING:
-            if not self._is_in_custody(record):
-                self.violated(record.id, f"its last message was acked while it is {record.state}")
+            self.violated(record.id, f"its last message was acked while it is {record.state}")
         elif letter.headers["publication"] == record.publication:
-            others = self._letters[record.id].values()
-            if not any(one.headers["publication"] == record.publication for one in others):
-                self.violated(record.id, "its owner's message was acked before the commit")
+            self.violated(record.id, "its owner's message was acked before the commit")
 
     def _is_in_custody(self, record: Record) -> bool:
         return record.id in self._lost or any(_is_of(one, record) for one in self._letters[record.id].values())
