@@ -122,6 +122,24 @@ async def test_a_batch_that_has_ended_can_be_deleted_with_its_results(embedded: 
     assert (deleted.id, used) == (batch.id, 0)
 
 
+async def test_a_batch_sent_again_under_its_key_is_the_one_that_is_there(embedded: Backend) -> None:
+    """The whole body is compared; another one is a conflict."""
+    key = {"Idempotency-Key": "k"}
+    async with fleet(embedded.settings()) as client:
+        made = [
+            await client.messages.batches.create(requests=[asked(n) for n in range(3)], extra_headers=key)
+            for _ in range(2)
+        ]
+        with pytest.raises(anthropic.ConflictError):
+            await client.messages.batches.create(requests=[asked(7)], extra_headers=key)
+        done = await ended(client, made[0].id)
+        results = await results_of(client, made[0].id)
+
+    assert made[0].id == made[1].id
+    assert done.request_counts.succeeded == 3
+    assert len(results) == 3
+
+
 async def test_batches_are_listed_newest_first_in_pages(embedded: Backend) -> None:
     """The SDK turns them."""
     async with fleet(embedded.settings()) as client:

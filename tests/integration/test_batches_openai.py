@@ -163,6 +163,31 @@ async def test_a_cancelled_batch_submits_nothing_more(embedded: Backend) -> None
     assert {one["error"]["code"] for one in never} == {"batch_cancelled"}
 
 
+async def test_a_batch_asked_for_again_under_its_key_is_the_one_that_is_there(backend: Backend) -> None:
+    """An answer that was lost must not cost fifty thousand jobs. Another body under the key is a conflict."""
+    body = {"endpoint": CHAT, "completion_window": "24h"}
+    async with fleet(backend.settings()) as client:
+        files = [(await uploaded(client, [openai_line(n)])).id for n in range(2)]
+
+        async def create(file_id: str, key: str) -> httpx.Response:
+            headers = {"Idempotency-Key": key, "Content-Type": "application/json"}
+            content = json.dumps({**body, "input_file_id": file_id}).encode()
+            async with httpx.AsyncClient(base_url=str(client.base_url)) as http:
+                return await http.post("batches", content=content, headers=headers)
+
+        first, again, other, conflict = [
+            await create(*asked) for asked in ((files[0], "a"), (files[0], "a"), (files[0], "b"), (files[1], "a"))
+        ]
+        for one in (first, other):
+            await ended(client, one.json()["id"])
+        listed = [batch.id async for batch in client.batches.list()]
+
+    assert again.json()["id"] == first.json()["id"] != other.json()["id"]
+    assert (conflict.status_code, conflict.json()["error"]["param"]) == (409, "Idempotency-Key")
+    assert listed == [other.json()["id"], first.json()["id"]]
+
+
+CHAT = "/v1/chat/completions"
 FIELDS: dict[str, list[Any]] = {
     "input_file_id": [None, 7, [], {}],
     "endpoint": [None, 7, [], {}, "/v1/embeddings"],

@@ -10,6 +10,7 @@
 Called by: batches.surfaces.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -55,7 +56,7 @@ class AnthropicBatches:
     async def create(self, request: Request, jobs: TenantJobs) -> Response:
         settings, batch_id = self._kit.settings, new_batch_id("anthropic")
         sink = Sink(self._shelves.blobs, jobs.tenant, batch_id)
-        ttl_s = kept_s(self._kit)
+        ttl_s, key = kept_s(self._kit), requests.idempotency_key(request.headers)
         try:
             num_items = await receive(
                 request,
@@ -77,8 +78,9 @@ class AnthropicBatches:
             num_items=num_items,
             created_at=time.time(),
         )
-        await self._batches.create(jobs.tenant, batch, ttl_s=ttl_s)
-        return _json(view(Seen(batch)))
+        same = hashlib.sha256("".join(chunks).encode()).hexdigest()
+        seen = await self._batches.create(jobs.tenant, batch, ttl_s=ttl_s, key=key, digest=same)
+        return _json(view(seen))
 
     async def every(self, request: Request, jobs: TenantJobs) -> Response:
         limit = requests.whole_number(request, "limit", default=20, least=1, most=MAX_PAGE)

@@ -59,6 +59,7 @@ REFUSED = {
     403: "not with these credentials",
     404: "it was never made here, or it has ended",
     408: "the body did not arrive",
+    409: "the Idempotency-Key was used for another batch",
     410: "its bytes have ended",
     413: "too large, or the tenant's quota is full",
     415: "another media type is expected",
@@ -74,6 +75,8 @@ def paths() -> dict[str, Any]:
     after = query("after", "Those made before the one with this id.", {"type": "string"})
     purpose = query("purpose", "There are files of purpose `batch` only.", {"type": "string"})
     more = {"has_more": False}
+    about = "Your name for the batch: the same request under it is the batch that is there."
+    key = {"name": "Idempotency-Key", "in": "header", "description": about, "schema": {"type": "string"}}
     upload = {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD, "example": SENT}}}
     files = {
         "/v1/files": {
@@ -101,7 +104,9 @@ def paths() -> dict[str, Any]:
     }
     batches = {
         "/v1/batches": {
-            "post": _openai("createBatch", "OpenAI: a batch", BATCH, "submit", requestBody=_body(ASKED)),
+            "post": _openai(
+                "createBatch", "OpenAI: a batch", BATCH, "submit", requestBody=_body(ASKED), parameters=[key]
+            ),
             "get": _openai(
                 "listBatches",
                 "OpenAI: the newest batches",
@@ -121,7 +126,12 @@ def paths() -> dict[str, Any]:
     messages = {
         "/v1/messages/batches": {
             "post": _anthropic(
-                "createMessageBatch", "Anthropic: a message batch", MESSAGE_BATCH, "submit", requestBody=inline
+                "createMessageBatch",
+                "Anthropic: a message batch",
+                MESSAGE_BATCH,
+                "submit",
+                requestBody=inline,
+                parameters=[key],
             ),
             "get": _anthropic(
                 "listMessageBatches",

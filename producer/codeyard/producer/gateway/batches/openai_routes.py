@@ -9,6 +9,7 @@ The results are the files `output_file_id` and `error_file_id`, to be read while
 Called by: batches.surfaces.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -68,6 +69,7 @@ class OpenAiBatches:
 
     async def create(self, request: Request, jobs: TenantJobs) -> Response:
         settings = self._kit.settings
+        key = requests.idempotency_key(request.headers)
         asked = _asked(await requests.read_body(request, jobs.body_bytes(settings.max_body_bytes)))
         file = await read_file(self._shelves, jobs.tenant, asked["input_file_id"])
         if not 0 < file.num_lines <= settings.max_batch_items:
@@ -85,8 +87,8 @@ class OpenAiBatches:
         )
         ttl_s = kept_s(self._kit)
         await hold_all(self._shelves.blobs, jobs.tenant, file.chunks, holder=batch.id, ttl_s=ttl_s)
-        await self._batches.create(jobs.tenant, batch, ttl_s=ttl_s)
-        return as_json(view(Seen(batch)))
+        same = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return as_json(view(await self._batches.create(jobs.tenant, batch, ttl_s=ttl_s, key=key, digest=same)))
 
     async def every(self, request: Request, jobs: TenantJobs) -> Response:
         limit = requests.whole_number(request, "limit", default=20, least=1, most=100)

@@ -1,5 +1,7 @@
 """Batches as their callers see them: looked up under the caller's tenant, whichever API asks."""
 
+import hashlib
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -8,10 +10,12 @@ from typing import Literal
 from codeyard.producer.gateway.batches.record import CANCEL, KINDS, BatchRecord, name_of
 from codeyard.producer.gateway.problems import Refused
 from codeyard.producer.gateway.shelves import Shelves
-from codeyard.shared.documents.port import Document
+from codeyard.shared.documents.port import Document, Name
 from codeyard.shared.job import new_job_id
 
 Api = Literal["openai", "anthropic"]
+
+KEYS = "batch-key"  # kind of the documents that say which batch was made under an Idempotency-Key
 
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
@@ -28,10 +32,26 @@ class Batches:
         self._api: Api = api
         self._id = re.compile(f"{KINDS[api]}_{_UUID}")
 
-    async def create(self, tenant: str, batch: BatchRecord, *, ttl_s: float) -> None:
-        name = name_of(self._api, tenant, batch.id)
-        await self._shelves.documents.create(name, batch.encode(), ttl_s=ttl_s, open=True)
+    async def create(self, tenant: str, batch: BatchRecord, *, ttl_s: float, key: str | None, digest: str) -> "Seen":
+        """The batch; under a key that was used before, the one made then, with the id it has. `digest`: of what
+        makes two requests the same. Raises Refused where the key was another's."""
+        documents = self._shelves.documents
+        if key is not None:
+            used = Name(KEYS, tenant, hashlib.sha256(f"{self._api} {key}".encode()).hexdigest())
+            if not await documents.create(used, json.dumps([batch.id, digest]), ttl_s=ttl_s):
+                batch = batch.with_(id=await self._made_under(used, digest))
+        if not await documents.create(name_of(self._api, tenant, batch.id), batch.encode(), ttl_s=ttl_s, open=True):
+            return await self.read(tenant, batch.id)
         self._shelves.new_batch.set()
+        return Seen(batch)
+
+    async def _made_under(self, used: Name, digest: str) -> str:
+        """The id that belongs to a key. Whoever took it may have died before there was a batch."""
+        found = await self._shelves.documents.read(used)
+        batch_id, first = json.loads(found.body) if found is not None else ("", "")
+        if first != digest:
+            raise Refused("idempotency-conflict", "the key was used for another batch", field="Idempotency-Key")
+        return str(batch_id)
 
     async def read(self, tenant: str, batch_id: str) -> "Seen":
         """Raises Refused."""
