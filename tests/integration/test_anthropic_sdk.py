@@ -54,7 +54,7 @@ def words(message: anthropic.types.Message) -> str:
     return "".join(block.text for block in message.content if block.type == "text")
 
 
-def test_a_message(client: anthropic.Anthropic) -> None:
+def test_a_message_is_answered(client: anthropic.Anthropic) -> None:
     """The first call anybody makes."""
     message = client.messages.create(model=MODEL, max_tokens=12, system="be brief", messages=TURNS)
 
