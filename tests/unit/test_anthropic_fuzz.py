@@ -119,7 +119,7 @@ def test_a_good_body_with_one_thing_changed(read: Any, body: dict[str, Any]) -> 
 @pytest.mark.parametrize("read", READERS)
 @settings(max_examples=150, deadline=None)
 @given(body=TREES)
-def test_any_json(read: Any, body: Any) -> None:
+def test_any_json_is_answered_or_refused(read: Any, body: Any) -> None:
     """Names and words that mean something, anywhere."""
     outcome(read, json.dumps(body).encode())
 
