@@ -127,6 +127,6 @@ def test_any_json_is_answered_or_refused(read: Any, body: Any) -> None:
 @pytest.mark.parametrize("read", READERS)
 @settings(max_examples=150, deadline=None)
 @given(body=st.binary(max_size=50))
-def test_any_bytes(read: Any, body: bytes) -> None:
+def test_any_bytes_are_answered_or_refused(read: Any, body: bytes) -> None:
     """Not JSON, mostly."""
     outcome(read, body)

@@ -30,6 +30,7 @@ def _never() -> None:
 
 
 def test_it_naps_where_the_worker_asked_for_it(broadcast: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of yields held up every other process on its core."""
     naps: list[float] = []
     monkeypatch.setattr(time, "sleep", naps.append)
     monkeypatch.setenv(NAP, NAP_S)
@@ -43,6 +44,7 @@ def test_it_naps_where_the_worker_asked_for_it(broadcast: ModuleType, monkeypatc
 def test_other_users_of_vllm_in_this_environment_keep_its_way(
     broadcast: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """vLLM loads the plugin wherever codeyard is installed beside it."""
     monkeypatch.delenv(NAP, raising=False)
 
     register()
@@ -51,6 +53,7 @@ def test_other_users_of_vllm_in_this_environment_keep_its_way(
 
 
 def test_a_vllm_that_waits_otherwise_is_left_alone(broadcast: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer one may have nothing to replace; that is no reason not to start."""
     monkeypatch.setenv(NAP, NAP_S)
     del broadcast.sched_yield
 
