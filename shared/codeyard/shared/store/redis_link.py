@@ -31,7 +31,8 @@ from codeyard.shared.settings import StoreSettings, masked
 MAX_CONNECTIONS = 16  # per store; a group is one call, so this many groups are under way at once
 OLDEST_VERSION = (7, 0)
 WITHOUT_PRELUDE = frozenset({"due", "recent"})  # they look at indexes, not at jobs
-READING = frozenset({"read", "states", "due", "recent", "limits/live", "blobs/used", "documents/look"})  # run on a full server too
+# These run on a full server too.
+READING = frozenset({"read", "states", "due", "recent", "limits/live", "blobs/used", "documents/look"})
 
 Argument = str | bytes | int
 
