@@ -1,11 +1,13 @@
 """What a drill plans follows from its seed, and every kind of fault gets its turn."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from codeyard.cli.drill.command import KINDS
 from codeyard.cli.drill.plan import FAILING, FaultKind, planned_job, schedule
+from codeyard.cli.drill.producing import Gate
 from codeyard.shared.record import State
 
 
@@ -60,3 +62,16 @@ def test_where_the_engine_knows_no_faults_no_job_is_to_fail() -> None:
 
     assert not any(State.FAILED in job.expected for job in jobs)
     assert not any(FAILING in job.prompt for job in jobs)
+
+
+def test_producers_go_only_as_far_as_the_gate_is_open(tmp_path: Path) -> None:
+    """Else all is submitted before the last faults come, and they break a fleet that has nothing to do."""
+    gate = Gate(tmp_path / "gate", num_jobs=200)
+    jobs = [planned_job(1, number, can_fail=True) for number in range(200)]
+
+    gate.open_to(0.25)
+    some = sum(gate.lets_through(job) for job in jobs)
+    gate.open_to(1.0)
+
+    assert some == 50
+    assert all(gate.lets_through(job) for job in jobs)

@@ -16,7 +16,7 @@ from typing import Self
 
 from codeyard.cli.drill import producing
 from codeyard.cli.drill.plan import FAILING, LINKS, PROCESSES, SERVERS, FaultKind
-from codeyard.cli.drill.producing import Spec
+from codeyard.cli.drill.producing import Gate, Spec
 from codeyard.cli.drill.proxy import TcpProxy
 from codeyard.cli.drill.servers import RabbitServer, RedisServer, free_port
 from codeyard.cli.processes import Child
@@ -100,6 +100,10 @@ class Fleet:
     def producing(self) -> list[Child]:
         """Producers that still have jobs to submit, or were killed over it."""
         return [one for one in self.producers if one.process is None or one.process.returncode != 0]
+
+    @property
+    def gate(self) -> Gate:
+        return Gate(self.wish.folder / "gate", self.wish.num_jobs)
 
     async def start_producers(self) -> None:
         await asyncio.gather(*(one.start() for one in self.producers))
@@ -187,6 +191,7 @@ class Fleet:
             namespace=wish.namespace,
             model=wish.model.partition("=")[0],
             can_fail=wish.can_fail,
+            gate=self.gate.path,
             gateways=self._urls(number) if number % 2 else (),
         )
         self.ledgers.append(spec.ledger)

@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -49,11 +50,30 @@ class Spec(BaseModel):
     namespace: str
     model: str
     can_fail: bool
+    gate: Path  # how far to go for now; see Gate
     gateways: tuple[str, ...] = ()  # none: straight to broker and store
 
     def jobs(self) -> list[PlannedJob]:
         numbers = range(self.first, self.num_jobs, self.step)
         return [planned_job(self.seed, number, can_fail=self.can_fail) for number in numbers]
+
+
+@dataclass(slots=True)
+class Gate:
+    """How much of the drill may be submitted yet, as a share of all jobs in a file: the load is spread over the
+    faults, or the last of them would meet a fleet with nothing to do."""
+
+    path: Path
+    num_jobs: int
+
+    def open_to(self, share: float) -> None:
+        """Whole or not at all: a reader never finds half a number."""
+        written = self.path.with_suffix(".new")
+        written.write_text(repr(share))
+        written.replace(self.path)
+
+    def lets_through(self, job: PlannedJob) -> bool:
+        return job.number < float(self.path.read_text()) * self.num_jobs
 
 
 async def produce(spec: Spec, settings: Settings) -> None:
@@ -81,7 +101,12 @@ async def _directly(spec: Spec, settings: Settings, left: deque[PlannedJob], led
 
 
 async def _submit_group(spec: Spec, client: AsyncClient, left: deque[PlannedJob], ledger: Writer) -> None:
-    group = [left.popleft() for _ in range(min(GROUP, len(left)))]
+    gate, group = Gate(spec.gate, spec.num_jobs), list[PlannedJob]()
+    while left and len(group) < GROUP and gate.lets_through(left[0]):
+        group.append(left.popleft())
+    if not group:
+        await asyncio.sleep(PAUSE_S)
+        return
     twice = [job for job in group if job.number % AGAIN_EVERY == 0]
     asked = [*group, *twice]
     outcomes = await client.submit_many([job.submission(spec.namespace, spec.model) for job in asked])
@@ -99,7 +124,7 @@ async def _submit_group(spec: Spec, client: AsyncClient, left: deque[PlannedJob]
                 cancelled.append(outcome.id)
     ledger.write(facts)
     told = {number for _, number, _ in facts}
-    left.extend(job for job in later.values() if job.number not in told)
+    left.extendleft(job for job in later.values() if job.number not in told)
     if cancelled:
         await client.store.cancel(cancelled)
     if later:
@@ -112,9 +137,14 @@ async def _submit_group(spec: Spec, client: AsyncClient, left: deque[PlannedJob]
 async def _over_http(spec: Spec, left: deque[PlannedJob], ledger: Writer) -> None:
     import httpx
 
+    gate = Gate(spec.gate, spec.num_jobs)
+
     async def call() -> None:
         turn = spec.first
         while left:
+            if not gate.lets_through(left[0]):
+                await asyncio.sleep(PAUSE_S)
+                continue
             job = left.popleft()
             while (fact := await _post(spec, http, spec.gateways[turn % len(spec.gateways)], job)) is None:
                 turn += 1

@@ -28,6 +28,7 @@ LOOK_EVERY_S = 0.25
 STALLED_S = 90.0  # without a job becoming final, with no fault going on: the rest is lost
 GROUP = 256  # records audited in one round trip
 AT_ONCE = 24  # streams read at once
+AHEAD = 0.03  # of the jobs: how far producers may be ahead of the next fault
 NUM_UNDISTURBED = 3  # probes before the first fault
 CALL_S = 10.0
 
@@ -93,6 +94,8 @@ class _Drill:
         )
         report = Report(self._wish.seed, self._wish.num_jobs, servers)
         breaker = Breaker(self._fleet, self._client, self._started_s, self._on_probe)
+        gates = [*(min(1.0, fault.at + AHEAD) for fault in faults), 1.0]  # while waiting for each fault, and after
+        self._fleet.gate.open_to(gates[0])
         await self._fleet.start_producers()
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(self._keep_watching(), name="watch")
@@ -100,6 +103,8 @@ class _Drill:
                 report.undisturbed_s += [seconds] if (seconds := await breaker.undisturbed()) is not None else []
             for number, fault in enumerate(faults, start=1):
                 await self._reached(fault.at)
+                more = self._to_fill if fault.kind is FaultKind.FILL_QUEUE else 0.0
+                self._fleet.gate.open_to(min(1.0, gates[number] + more))
                 self._doing = f"fault {number} of {len(faults)}: {fault.kind}"
                 report.met.append(await breaker.commit(fault))
                 self._watch.moved_s = time.monotonic()
@@ -118,6 +123,11 @@ class _Drill:
     @property
     def _num_final(self) -> int:
         return self._watch.timeline[-1].final if self._watch.timeline else 0
+
+    @property
+    def _to_fill(self) -> float:
+        """The share of all jobs among which some lane has enough to fill its queue."""
+        return 2.5 * self._wish.queue_max_length / self._wish.num_jobs
 
     def _on_probe(self, job_id: JobId) -> None:
         self._probes.append(job_id)
