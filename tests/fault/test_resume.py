@@ -25,6 +25,7 @@ from support.rpc import GatewayProcess, gateways
 
 from codeyard.producer.async_client import AsyncClient, AsyncJob
 from codeyard.worker.engines.simulated import simulated_completion
+from codeyard.worker.simulation.virtual_time import pass_time
 
 pytestmark = pytest.mark.process
 
@@ -178,7 +179,7 @@ class Fleet:
         options = {"max_tokens": MAX_TOKENS, **(sampling or {})}
 
         async def submitted(prompt: str, pause_s: float) -> AsyncJob:
-            await asyncio.sleep(pause_s)
+            await pass_time(pause_s)
             return await self.client.submit(prompt, sampling=options, stream=True)
 
         arrivals = [submitted(prompt, chance.uniform(0, ARRIVE_WITHIN_S)) for prompt in prompts]

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def follow(addresses: Path, job_id: str, after: int, turn: int) -> None:
         except (OSError, http.client.HTTPException):  # the gateway is gone: another one has the stream too
             pass
         turn += 1
-        time.sleep(RETRY_S)
+        threading.Event().wait(RETRY_S)
 
 
 def events(url: str, job_id: str, after: int) -> Iterator[dict[str, Any]]:
