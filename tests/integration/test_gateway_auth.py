@@ -267,6 +267,6 @@ async def test_a_body_over_the_limit_is_refused_with_the_right_key_too(embedded:
     """Counted as it comes, whoever sends it."""
     async with locked(embedded) as gateway:
         headers = {**bearer(STATIC), "Content-Type": "application/json"}
-        answer = await gateway.http.post("/v1/jobs", content=b"x" * 1_100_000, headers=headers)
+        answer = await gateway.http.post("/v1/jobs", content=b"x" * 18_000_000, headers=headers)
 
     assert (answer.status_code, answer.json()["type"]) == (413, "/docs#too-large")
