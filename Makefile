@@ -16,6 +16,8 @@ TORCH := torch==2.13.0
 LOAD_USERS     ?= 20
 LOAD_SECONDS   ?= 30
 PYTEST_OPTIONS ?=
+# Most of a test is waiting for processes to start and die: two at a time take little more than half as long.
+PYTEST_PROCESSES ?= 2
 
 # GiB; left alone, vLLM on the CPU takes half the memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -34,7 +36,7 @@ up: ## docker compose up, with fresh secrets in .env if there is none
 	docker compose up
 
 test: env-test services ## every test but the long ones; RabbitMQ and Redis are installed and started for them
-	$(BIN)/python -m pytest -m "not long" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(PYTEST_PROCESSES) --dist loadfile $(PYTEST_OPTIONS)
 
 test-fast: env-dev ## unit tests only: no services, no models, under a minute
 	$(BIN)/python -m pytest tests/unit -m "not long and not services and not torch and not vllm" $(PYTEST_OPTIONS)
