@@ -15,7 +15,6 @@ from support.servers import ROOT_VARIABLE
 
 SUITE = "trixie"
 PACKAGES = "rabbitmq-server,redis-server"
-MIRROR = "http://deb.debian.org/debian"
 MAKING_S = 900
 FOLDER_VARIABLE = "CODEYARD_TEST_DEBIAN"
 """Names the folder; unset: `codeyard/debian-trixie` in the user's cache."""
@@ -46,7 +45,7 @@ def _make(root: Path) -> None:
     unfinished = root.with_name(f"{root.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(unfinished), MIRROR)
+    command = ("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, str(unfinished))
     made = subprocess.run(command, capture_output=True, text=True, timeout=MAKING_S)
     if made.returncode != 0:
         pytest.skip(f"debootstrap could not make {SUITE}: {made.stdout[-300:]}")
