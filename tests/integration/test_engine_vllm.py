@@ -306,7 +306,7 @@ async def test_the_names_of_engine_arguments_are_those_of_this_vllm() -> None:
     assert set(engine_args.ELSEWHERE) <= names
 
 
-def test_its_processes_wait_for_each_other_by_the_function_that_is_replaced() -> None:
+async def test_its_processes_wait_for_each_other_by_the_function_that_is_replaced() -> None:
     """A vLLM that waits in another way would spin again, and nothing else would show it."""
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 

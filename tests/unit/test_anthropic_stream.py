@@ -10,7 +10,7 @@ from support.asgi import JOB_ID, status
 from codeyard.producer.gateway.anthropic.convert import Asked
 from codeyard.producer.gateway.anthropic.legacy import CompletionTeller
 from codeyard.producer.gateway.anthropic.stream import MessageTeller, told
-from codeyard.producer.gateway.openai.merged import Merged, without_taken_back
+from codeyard.producer.gateway.merged import Merged, without_taken_back
 from codeyard.shared.chat import Chat, Message, ToolCall, ToolCallDelta
 from codeyard.shared.errors import StoreUnavailable
 from codeyard.shared.job import Sampling, estimate_tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.asgi import JOB_ID
 
-from codeyard.producer.gateway.openai.merged import Merged
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.openai.response_events import told
 from codeyard.producer.gateway.openai.responses import read_response, response_of
 from codeyard.shared.chat import TokenLogprob, ToolCall, ToolCallDelta

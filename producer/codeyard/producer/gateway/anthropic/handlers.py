@@ -24,7 +24,7 @@ from codeyard.producer.gateway.anthropic.errors import refuse, refuse_ended, ref
 from codeyard.producer.gateway.anthropic.legacy import CompletionTeller, completion_of, read_completion
 from codeyard.producer.gateway.anthropic.stream import PING, MessageTeller, Teller, farewell, told
 from codeyard.producer.gateway.limits import anthropic_headers
-from codeyard.producer.gateway.openai.merged import Merged, without_taken_back
+from codeyard.producer.gateway.merged import Merged, without_taken_back
 from codeyard.producer.gateway.problems import Refused, kind_of
 from codeyard.producer.gateway.surface import Kit, Route, Surface
 from codeyard.producer.gateway.tenancy import Submitted, TenantJobs

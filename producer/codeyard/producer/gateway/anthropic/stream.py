@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from codeyard.producer.gateway.anthropic.convert import Asked, ending_of, head_of, tool_use, usage_of
 from codeyard.producer.gateway.anthropic.errors import Failed, body_of, failed_as, failed_by, request_id_of
-from codeyard.producer.gateway.openai.merged import Merged
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.problems import kind_of
 from codeyard.shared.chat import ToolCallDelta
 from codeyard.shared.errors import FleetError

@@ -12,9 +12,9 @@ from starlette.requests import ClientDisconnect
 
 from codeyard.producer.gateway import requests
 from codeyard.producer.gateway.limits import openai_headers
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.openai.convert import Asked, Wanted, key_of
 from codeyard.producer.gateway.openai.errors import SERVER, ApiError, of_job
-from codeyard.producer.gateway.openai.merged import Merged
 from codeyard.producer.gateway.problems import Refused, kind_of
 from codeyard.producer.gateway.surface import Kit
 from codeyard.producer.gateway.tenancy import Submitted, TenantJobs

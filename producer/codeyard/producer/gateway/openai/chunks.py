@@ -10,10 +10,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from contextlib import aclosing
 from typing import Any
 
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.openai import convert
 from codeyard.producer.gateway.openai.convert import Asked, finish_reason, heading, result_of
 from codeyard.producer.gateway.openai.errors import SERVER, ApiError, of_error, of_job
-from codeyard.producer.gateway.openai.merged import Merged
 from codeyard.producer.gateway.openai.parameters import Api
 from codeyard.producer.gateway.problems import kind_of
 from codeyard.shared.chat import ToolCallDelta

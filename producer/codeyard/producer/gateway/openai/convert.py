@@ -10,7 +10,7 @@ The parameters are in the table of `parameters`. `read_*` raise only Refused. Ca
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -286,5 +286,4 @@ def _prompt(given: Any, *where: int) -> str | tuple[int, ...]:
 
 
 def _is_ids(given: Any) -> bool:
-    fits: Callable[[Any], bool] = lambda one: isinstance(one, int) and not isinstance(one, bool)  # noqa: E731
-    return isinstance(given, list) and bool(given) and all(fits(one) for one in given)
+    return isinstance(given, list) and bool(given) and all(type(one) is int for one in given)  # a bool is no id

@@ -13,8 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.openai.convert import token_logprob
-from codeyard.producer.gateway.openai.merged import Merged
 from codeyard.producer.gateway.openai.responses import call_item, message_item, response_of, text_part
 from codeyard.shared.chat import ToolCallDelta
 from codeyard.shared.record import Event, EventKind, Record

@@ -11,10 +11,10 @@ Called by: openai.surface.
 from fastapi import Request, Response
 
 from codeyard.producer.gateway import requests
+from codeyard.producer.gateway.merged import Merged
 from codeyard.producer.gateway.openai.calls import Call, as_json, early_error, finals, submitted
 from codeyard.producer.gateway.openai.convert import PREFIXES, Asked
 from codeyard.producer.gateway.openai.errors import ApiError
-from codeyard.producer.gateway.openai.merged import Merged
 from codeyard.producer.gateway.openai.parameters import Api
 from codeyard.producer.gateway.openai.response_events import told
 from codeyard.producer.gateway.openai.responses import continued, read_response, response_of

@@ -15,11 +15,11 @@ from typing import Any
 from fastapi import Request, Response
 
 from codeyard.producer.gateway.anthropic import models as anthropic
+from codeyard.producer.gateway.merged import Merged, without_taken_back
 from codeyard.producer.gateway.openai.calls import as_json, early_error, finals, submitted
 from codeyard.producer.gateway.openai.chunks import STOPPING, frame, told
 from codeyard.producer.gateway.openai.convert import Asked, completion_of, read_chat, read_completion
 from codeyard.producer.gateway.openai.errors import ApiError
-from codeyard.producer.gateway.openai.merged import Merged, without_taken_back
 from codeyard.producer.gateway.surface import Kit, Route
 from codeyard.producer.gateway.tenancy import TenantJobs
 from codeyard.shared.access.keys import Scope

@@ -1,7 +1,7 @@
 """The events of a request's jobs, in the order in which they come: one stream for each choice.
 
 Each stream is asked for its next event only when the one before was taken, so a slow reader holds nothing but
-one event of each. Belongs to one task; `aclose` it. Called by: routes, chunks.
+one event of each. Belongs to one task; `aclose` it. Called by: gateway.openai, gateway.anthropic.
 """
 
 import asyncio
