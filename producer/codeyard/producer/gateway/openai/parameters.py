@@ -128,6 +128,7 @@ TABLE: tuple[Parameter, ...] = (
     _refused("prompt_cache_retention", (*CHAT, *RESPONSES), "in_memory"),
     _refused("reasoning", RESPONSES, {}, {"effort": None, "summary": None}, {"effort": "none"}),
     _refused("conversation", RESPONSES),
+    _refused("background_options", RESPONSES, {}, {"completion_window": "soonest"}),
     _refused("image", RESPONSES),
     _refused("access_programs", RESPONSES),
     _refused("prompt", RESPONSES),
