@@ -125,3 +125,18 @@ async def test_a_hundred_thousand_jobs_under_two_hundred_faults_are_all_accounte
     status, report, _ = await drill("--jobs", "100000", "--faults", "200", "--seed", str(seed))
 
     check(report, status, jobs=100_000, faults=200)
+
+
+@pytest.mark.long
+@pytest.mark.services
+@pytest.mark.vllm
+@pytest.mark.timeout(LONG_S)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_two_thousand_jobs_of_real_vllm_under_twenty_faults_are_all_accounted_for(seed: int) -> None:
+    """The same promise where answers are generated: a killed worker takes a real engine with it."""
+    need_servers()
+    pytest.importorskip("vllm")
+
+    status, report, _ = await drill("--engine", "vllm", "--jobs", "2000", "--faults", "20", "--seed", str(seed))
+
+    check(report, status, jobs=2_000, faults=20)
