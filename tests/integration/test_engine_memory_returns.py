@@ -45,6 +45,7 @@ async def test_models_that_come_and_go_leave_nothing(num_cycles: int, tmp_path: 
     memory stays (vllm-project/vllm#21073, #1908, #3281)."""
     seen = await cycles(num_cycles, tmp_path)
     assert len(seen) == num_cycles
+    print(*map(json.dumps, seen), sep="\n")  # shown by -rP
 
     first, *later = seen[1:]  # the one before imports everything
     for what in ("loaded_bytes", "closed_bytes"):
