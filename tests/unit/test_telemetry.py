@@ -1,5 +1,6 @@
 """Log lines and metrics: what a process says about itself, and what it must never say."""
 
+import asyncio
 import io
 import json
 import logging
@@ -171,3 +172,23 @@ def test_the_workers_metrics_server_answers_on_loopback_until_closed() -> None:
 
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(server.url, timeout=5)
+
+
+async def test_the_loops_tasks_are_counted_as_another_thread_asks_for_them() -> None:
+    """The worker's metrics are read from a thread of their own; a task that ended is no task."""
+    metrics, done = Metrics(), asyncio.Event()
+    metrics.watch_tasks(asyncio.get_running_loop())
+
+    def count() -> float:
+        line = re.search(rb"^codeyard_loop_tasks ([0-9.]+)$", generate_latest(metrics.registry), re.M)
+        return float(line[1]) if line else -1.0
+
+    before = await asyncio.to_thread(count)
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(3):
+            tasks.create_task(done.wait())
+        while_they_wait = await asyncio.to_thread(count)
+        done.set()
+
+    assert while_they_wait == before + 3
+    assert await asyncio.to_thread(count) == before

@@ -10,6 +10,7 @@ Names are `codeyard_*` in base units, label sets are fixed, and no label ever ca
 Called by: gateway, worker, commands.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -296,6 +297,7 @@ class Metrics:
             "Due jobs the reconciler looked at. outcome: republished, expired, or left as they were.",
             "outcome",
         )
+        self.loop_tasks = self._gauge("codeyard_loop_tasks", "Tasks on the process's event loop; 0 before it serves.")
 
     def _counter(self, name: str, meaning: str, labels: str = "") -> Counter:
         self.declared.append(Declared(name, "counter", tuple(labels.split()), meaning))
@@ -312,6 +314,10 @@ class Metrics:
     def watch_process(self) -> None:
         """Add the process's own memory, CPU time and open files (`process_*`). Once per process."""
         ProcessCollector(registry=self.registry)
+
+    def watch_tasks(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Count the loop's tasks whenever somebody reads `codeyard_loop_tasks`, from whichever thread."""
+        self.loop_tasks.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 class MetricsServer:

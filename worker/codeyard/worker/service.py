@@ -134,6 +134,7 @@ class Worker:
     async def serve(self, stop: asyncio.Event, on_ready: Callable[[Ready], None]) -> None:
         """Until `stop`, then drain."""
         self._on_ready = on_ready
+        self._metrics.watch_tasks(asyncio.get_running_loop())
         for served in self._catalogue:
             await self._station.declare(served)
         await self._point_aliases()

@@ -68,6 +68,7 @@ async def run_gateway(
     check_mode(settings.auth, host=settings.gateway.host, loopback=loopback)
     metrics = Metrics()
     metrics.watch_process()
+    metrics.watch_tasks(asyncio.get_running_loop())
     breakers = Breakers(settings.breaker, metrics)
     client = _client(settings, breakers)
     async with AsyncExitStack() as stack:
