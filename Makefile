@@ -17,6 +17,8 @@ TORCH := torch==2.13.0
 
 LOAD_USERS     ?= 20
 LOAD_SECONDS   ?= 30
+SOAK_MINUTES   ?= 60
+SOAK_RATE      ?= 20
 PYTEST_OPTIONS ?=
 # Most of a test is waiting for processes to start and die: two at a time take little more than half as long.
 PYTEST_PROCESSES ?= 2
@@ -25,7 +27,7 @@ PYTEST_PROCESSES ?= 2
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-fast test-long test-versions lint format constraints load-locust load-jmeter env env-dev env-test services clean
+.PHONY: help demo up test test-fast test-long test-versions lint format constraints load-locust load-jmeter soak env env-dev env-test services clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +67,11 @@ load-locust: env-dev ## a load run with Locust on a `codeyard up` of its own; LO
 load-jmeter: env-dev ## the same flow with JMeter, installed from Debian's package where missing
 	@infra/local/install-packages.sh java=default-jre-headless jmeter=jmeter /usr/share/jmeter/lib/ext/ApacheJMeter_http.jar=jmeter-http
 	$(BIN)/python loadtest/run.py jmeter --users $(LOAD_USERS) --seconds $(LOAD_SECONDS)
+
+soak: env-test services ## an hour at a steady rate, nothing may grow; SOAK_MINUTES=60 SOAK_RATE=20 (jobs a second)
+	@mkdir -p loadtest/results
+	$(BIN)/python -m loadtest.soak --minutes $(SOAK_MINUTES) --rate $(SOAK_RATE) \
+		--json loadtest/results/soak.json --plot loadtest/results/soak.png
 
 constraints: ## write down the versions that are in the environment; renew them first with pip, and run the tests
 	@infra/local/freeze.sh $(BIN)/pip $(CONSTRAINTS)
