@@ -14,10 +14,10 @@ RSS_GROWS = 0.02  # of the early window's median, at most
 AT_REST = 2  # descriptors, threads, tasks: more than before by so many at most
 WINDOW = 1 / 5  # of the time after the warm-up: the early window, and the last
 FEWEST = 10  # samples after the warm-up
-COUNTED = ("descriptors", "threads", "tasks")
-MEMORY = ("rss_bytes", "unique_bytes")
 
 What = Literal["rss_bytes", "unique_bytes", "descriptors", "threads", "tasks"]
+COUNTED: tuple[What, ...] = ("descriptors", "threads", "tasks")
+MEMORY: tuple[What, ...] = ("rss_bytes", "unique_bytes")
 
 
 @dataclass(frozen=True, slots=True)
