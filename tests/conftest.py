@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import services, watchdog
@@ -11,6 +12,16 @@ from support.servers import RabbitServer, RedisServer
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="tests/simulation: run this schedule alone, and say what happened")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes: the long files first. See support.turns."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from support.turns import LongestFirst
+
+    return LongestFirst(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

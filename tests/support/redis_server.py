@@ -33,13 +33,18 @@ class OwnRedis:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None
+
     async def start(self, *more: str, answering: bool = True) -> None:
         """Start, and wait until it answers a PING; without `answering`, until it listens."""
         if not SharedServer.available():
             missing("Redis", "redis-server", None)
         self.folder.mkdir(parents=True, exist_ok=True)
         own = ("--port", str(self.port), "--cluster-port", str(free_port()), "--dir", str(self.folder), "--save", "")
-        command = ("redis-server", *own, *self.options, *more)
+        at_once = ("--repl-diskless-sync-delay", "0")  # seconds a primary waits for more replicas to come; 5 by itself
+        command = ("redis-server", *own, *at_once, *self.options, *more)
         self._process = await asyncio.to_thread(
             Guarded, as_run(command, self.folder), env={"PATH": path()}, cwd=self.folder, log=self.folder / "redis.log"
         )

@@ -1,0 +1,48 @@
+"""In which order files of tests are handed to the processes that run them (`--dist loadfile`), and which go together.
+
+A long file that begins last runs alone, while every other process is through. So the long ones begin first, the quick
+ones of tests/unit fill up the end. Files that look at one costly fixture of the session share a process: in two it
+would be made twice. Called by: conftest.
+"""
+
+from typing import Any
+
+from xdist.scheduler import LoadFileScheduling
+
+LONGEST = (  # the longest first; from `--durations=0`, added up by file
+    "tests/fault/test_drill_command.py",
+    "tests/integration/test_engine_memory_returns.py",
+    "tests/integration/test_engine_vllm.py",
+    "tests/simulation/test_mutations.py",
+    "tests/acceptance/test_demo.py",
+    "tests/simulation/test_schedules.py",
+    "tests/integration/test_rollouts.py",
+    "tests/fault/test_recovery.py",
+    "tests/fault/test_resume.py",
+    "tests/integration/test_engine_vllm_lora.py",
+    "tests/integration/test_openai_vllm.py",
+)
+TOGETHER = {"tests/simulation/test_coverage.py": "tests/simulation/test_schedules.py"}  # 2,000 schedules, once
+QUICK = "tests/unit/"
+
+
+def scope_of(nodeid: str) -> str:
+    """What is run by one process: a test's file, or the one that it goes with."""
+    file = nodeid.split("::", 1)[0]
+    return TOGETHER.get(file, file)
+
+
+def turn_of(scope: str, num_tests: int) -> tuple[int, bool, int]:
+    """The least is next."""
+    place = LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
+    return place, scope.startswith(QUICK), -num_tests
+
+
+class LongestFirst(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return scope_of(nodeid)
+
+    def _assign_work_unit(self, node: Any) -> None:
+        following = min(self.workqueue, key=lambda scope: turn_of(scope, len(self.workqueue[scope])))
+        self.workqueue.move_to_end(following, last=False)
+        super()._assign_work_unit(node)

@@ -1,0 +1,35 @@
+"""The order in which CI's processes take files: what it names must be there, and what it promises must follow."""
+
+from pathlib import Path
+
+from support.turns import LONGEST, TOGETHER, scope_of, turn_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_file_that_the_order_names_is_there() -> None:
+    """One that was renamed would silently begin last."""
+    for name in (*LONGEST, *TOGETHER, *TOGETHER.values()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_long_files_begin_first_and_quick_ones_end() -> None:
+    """Of the same sort the file with more tests comes first."""
+    scopes = {
+        "tests/unit/test_a.py": 90,
+        "tests/integration/test_b.py": 3,
+        "tests/contract/test_c.py": 40,
+        LONGEST[1]: 1,
+    }
+
+    taken = sorted(scopes, key=lambda scope: turn_of(scope, scopes[scope]))
+
+    assert taken == [LONGEST[1], "tests/contract/test_c.py", "tests/integration/test_b.py", "tests/unit/test_a.py"]
+
+
+def test_files_that_share_a_costly_fixture_share_a_process() -> None:
+    """Two thousand schedules are run once, and looked at by both."""
+    coverage, schedules = (f"tests/simulation/test_{name}.py" for name in ("coverage", "schedules"))
+
+    assert scope_of(f"{coverage}::test_x[a::b]") == scope_of(f"{schedules}::test_y") == schedules
+    assert scope_of("tests/unit/test_a.py::test_z") == "tests/unit/test_a.py"
