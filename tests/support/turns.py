@@ -7,7 +7,7 @@ would be made twice. Called by: conftest.
 
 from typing import Any
 
-from xdist.scheduler import LoadFileScheduling
+from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
 LONGEST = (  # the longest first; from `--durations=0`, added up by file
     "tests/fault/test_drill_command.py",
@@ -38,7 +38,7 @@ def turn_of(scope: str, num_tests: int) -> tuple[int, bool, int]:
     return place, scope.startswith(QUICK), -num_tests
 
 
-class LongestFirst(LoadFileScheduling):
+class LongestFirst(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types
     def _split_scope(self, nodeid: str) -> str:
         return scope_of(nodeid)
 
