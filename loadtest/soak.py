@@ -187,7 +187,7 @@ async def _soak(stack: AsyncExitStack, fleet: Fleet, plan: Plan, say: Say) -> Re
             tasks.create_task(load_of.send(rate=plan.rate, until=ends.is_set), name="load")
 
     async def at_rest() -> dict[str, Sample]:
-        say("at rest", (time.monotonic() - began_s) / length_s)
+        say("at rest", min(1.0, (time.monotonic() - began_s) / length_s))
         looks = []
         for _ in range(REST_LOOKS):
             await asyncio.sleep(REST_LOOK_S)
