@@ -27,6 +27,8 @@ class OwnRedis:
         self.folder = folder
         self.options = options
         self.port = free_port()
+        self.bus_port = free_port()  # of a cluster's node
+        self.paused = False
         self._process: Guarded | None = None
 
     @property
@@ -42,7 +44,7 @@ class OwnRedis:
         if not SharedServer.available():
             missing("Redis", "redis-server", None)
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = ("--port", str(self.port), "--cluster-port", str(free_port()), "--dir", str(self.folder), "--save", "")
+        own = ("--port", str(self.port), "--cluster-port", str(self.bus_port), "--dir", str(self.folder), "--save", "")
         at_once = ("--repl-diskless-sync-delay", "0")  # seconds a primary waits for more replicas to come; 5 by itself
         command = ("redis-server", *own, *at_once, *self.options, *more)
         self._process = await asyncio.to_thread(
@@ -61,6 +63,7 @@ class OwnRedis:
 
     async def kill(self) -> None:
         """kill -9, as the machine would."""
+        self.paused = False
         process, self._process = self._process, None
         if process is not None:
             await asyncio.to_thread(process.kill)
@@ -75,10 +78,12 @@ class OwnRedis:
         """The process stands still: connections stay open, nothing is answered."""
         assert self._process is not None
         self._process.send(signal.SIGSTOP)
+        self.paused = True
 
     def resume(self) -> None:
         assert self._process is not None
         self._process.send(signal.SIGCONT)
+        self.paused = False
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Redis]:

@@ -39,7 +39,7 @@ CALLERS = {
     "aiormq": RABBITMQ,
     "pamqp": RABBITMQ,
     "pika": {"pika_publisher", "probes"},  # probes: only asks whether a server answers
-    "redis": {"redis_link", "redis_probe", "redis_wakeups"},
+    "redis": {"redis_connections", "redis_link", "redis_probe", "redis_wakeups"},
     # What sending meets: test_webhooks_sending.py. demo and drill stand for a backend service: nobody's adapter.
     "httpx": {"demo", "jwks", "producing", "sending"},
     # What it raises: test_rpc_refusals.py.

@@ -92,9 +92,10 @@ class BrokerSettings(_Group):
 
 
 class StoreSettings(_Group):
-    url: str = Field(default_factory=_embedded_url)  # redis(s)://user:password@host:port/db, or sqlite:///path
+    url: str = Field(default_factory=_embedded_url)  # redis(s)://user:password@host:port/db, or sqlite:///path;
+    # of a cluster host:port,host:port,...; redis(s)+sentinel://host:port,host:port/NAME/db: docs/redis.md
     timeout_s: PositiveFloat = 5.0  # for one round trip, reconnect included
-    replicas: Annotated[int, Field(ge=0)] = 0  # WAIT for this many before an ack
+    replicas: Annotated[int, Field(ge=0)] = 0  # that have a write before anyone relies on it
     lease_s: PositiveFloat = 3.0  # a worker silent for this long has lost its jobs
     renew_s: PositiveFloat = 1.0  # several renewals fit into a lease
     grace_s: PositiveFloat = 2.0  # the reconciler waits this long on top
@@ -108,7 +109,7 @@ class StoreSettings(_Group):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str) -> str:
-        return _check_scheme(url, {"redis", "rediss", "sqlite"})
+        return _check_scheme(url, {"redis", "rediss", "redis+sentinel", "rediss+sentinel", "sqlite"})
 
     def timing(self) -> Timing:
         return Timing(

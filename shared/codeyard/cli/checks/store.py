@@ -6,12 +6,14 @@ Called by: cli.doctor. What is asked of the server: shared.store.redis_probe.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from codeyard.cli.checks.check import Finding, Place, Status, fail, gib, ok, skipped, warn
 from codeyard.cli.checks.reach import unreachable
 from codeyard.cli.checks.settings import without_secrets
 from codeyard.shared.errors import SettingsError, StoreUnavailable
 from codeyard.shared.settings import StoreSettings
+from codeyard.shared.store.redis_connections import each_host
 from codeyard.shared.store.redis_link import OLDEST_VERSION
 from codeyard.shared.store.redis_probe import RedisNode, look_at, try_script
 from codeyard.shared.topology import Topology
@@ -27,14 +29,21 @@ async def check_store(place: Place) -> list[Finding]:
     settings = place.settings.store
     if settings.url.startswith("sqlite:"):
         return [skipped("the store is the embedded file: see `file`")]
-    if (nobody := await unreachable(settings.url, variable=URL, start=START, within_s=place.answer_s)) is not None:
-        return [nobody]
+    try:
+        hosts = each_host(settings.url)
+    except ValueError as error:
+        return [fail(f"{without_secrets(settings.url)}: {error}", f"mend {URL}: docs/redis.md")]
+    asked = [await unreachable(one, variable=URL, start=START, within_s=place.answer_s) for one in hosts]
+    silent = [finding for finding in asked if finding is not None]
+    if len(silent) == len(hosts):
+        return silent
     bounded = settings.model_copy(update={"timeout_s": place.answer_s})
     try:
         nodes = await look_at(bounded)
     except (StoreUnavailable, SettingsError) as error:
         return [refused(error, settings, answer_s=place.answer_s)]
-    findings = [finding for node in nodes for finding in node_findings(node, settings)]
+    findings = [replace(finding, status=Status.WARN) for finding in silent]  # the others stand in for these
+    findings += [finding for node in nodes for finding in node_findings(node, settings)]
     if not _stops_writing(nodes):
         try:
             await try_script(bounded, Topology(place.settings.namespace))

@@ -23,7 +23,8 @@ class RedisKeyStore:
 
     async def put(self, group: Sequence[ApiKey]) -> None:
         if group:
-            await self._link.command("HSET", self._key, *(text for key in group for text in (key.id, key.encode())))
+            fields = [text for key in group for text in (key.id, key.encode())]
+            await self._link.command("HSET", self._key, *fields, durable=True)  # a revoked one must not come back
 
     async def read(self, group: Sequence[str]) -> list[ApiKey | None]:
         if not group:

@@ -31,10 +31,10 @@ class RedisBlobStore:
 
     async def put(self, group: Sequence[Chunk]) -> list[PutVerdict]:
         items = [self._holding(chunk.hold, data=chunk.data, quota=self._quota_bytes) for chunk in group]
-        return [PutVerdict(verdict) for verdict in await self._link.run("blobs/put", items, {})]
+        return [PutVerdict(verdict) for verdict in await self._link.run("blobs/put", items, {}, durable=True)]
 
     async def hold(self, group: Sequence[Hold]) -> list[bool]:
-        verdicts = await self._link.run("blobs/put", [self._holding(hold) for hold in group], {})
+        verdicts = await self._link.run("blobs/put", [self._holding(hold) for hold in group], {}, durable=True)
         return [verdict == PutVerdict.PRESENT for verdict in verdicts]
 
     async def release(self, tenant: str, holder: str, digests: Sequence[Digest]) -> None:

@@ -80,7 +80,7 @@ class RedisDocumentStore:
     async def _act(self, name: Name, act: str, **request: Any) -> Sequence[Any]:
         entry = f"{quote(name.tenant, safe='')} {name.id}"
         item = self._item(name, {"act": act, "id": name.id, "entry": entry, **request})
-        [outcome] = await self._link.run("documents/act", [item], {})
+        [outcome] = await self._link.run("documents/act", [item], {}, durable=act != "read")
         answer: Sequence[Any] = outcome
         return answer
 

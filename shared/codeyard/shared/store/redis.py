@@ -101,7 +101,7 @@ class RedisStore:
     async def open(cls, settings: StoreSettings, topology: Topology) -> "RedisStore":
         """Connect. Raises StoreUnavailable without an answer, SettingsError for a URL or server of no use."""
         link = await RedisLink.open(settings)
-        wakeups = Wakeups(settings.url, anchor=topology.key("wake"), timeout_s=settings.timeout_s)
+        wakeups = Wakeups(link.subscriber, anchor=topology.key("wake"), timeout_s=settings.timeout_s)
         return cls(link, wakeups, settings, topology)
 
     async def close(self) -> None:
@@ -117,15 +117,15 @@ class RedisStore:
     # The protocol, in the order of a job's life ----------------------------------------------------
 
     async def reserve(self, group: Sequence[Reservation]) -> list[Reserved]:
-        outcomes = await self._call("reserve", group, codec.reservation)
+        outcomes = await self._call("reserve", group, codec.reservation, durable=True)
         return [codec.reserved(request, *outcome) for request, outcome in zip(group, outcomes, strict=True)]
 
     async def mark_queued(self, group: Sequence[Queued]) -> list[QueuedVerdict]:
-        outcomes = await self._call("mark_queued", group, codec.queued)
+        outcomes = await self._call("mark_queued", group, codec.queued, durable=True)
         return [QueuedVerdict(verdict) for verdict in outcomes]
 
     async def claim(self, group: Sequence[Claim]) -> list[Claimed]:
-        outcomes = await self._call("claim", group, codec.claim, before_ack=True)
+        outcomes = await self._call("claim", group, codec.claim, durable=True)
         return [codec.claimed(*outcome) for outcome in outcomes]
 
     async def renew(self, group: Sequence[Renewal]) -> list[Renewed]:
@@ -137,15 +137,15 @@ class RedisStore:
         return [AppendVerdict(verdict) for verdict in outcomes]
 
     async def commit(self, group: Sequence[Commit]) -> list[Committed]:
-        outcomes = await self._call("commit", group, codec.commit, before_ack=True)
+        outcomes = await self._call("commit", group, codec.commit, durable=True)
         return [codec.committed(*outcome) for outcome in outcomes]
 
     async def release(self, group: Sequence[Release]) -> list[ReleaseVerdict]:
-        outcomes = await self._call("release", group, codec.release, before_ack=True)
+        outcomes = await self._call("release", group, codec.release, durable=True)
         return [ReleaseVerdict(verdict) for verdict in outcomes]
 
     async def cancel(self, group: Sequence[JobId]) -> list[CancelVerdict]:
-        outcomes = await self._call("cancel", group, codec.job_id, before_ack=True)
+        outcomes = await self._call("cancel", group, codec.job_id, durable=True)
         return [CancelVerdict(verdict) for verdict in outcomes]
 
     async def recover(self, group: Sequence[Recovery]) -> list[Recovered]:
@@ -153,7 +153,7 @@ class RedisStore:
         return [codec.recovered(*outcome) for outcome in outcomes]
 
     async def redrive(self, group: Sequence[Redrive]) -> list[Redriven]:
-        outcomes = await self._call("redrive", group, codec.redrive, before_ack=True)
+        outcomes = await self._call("redrive", group, codec.redrive, durable=True)
         return [codec.redriven(*outcome) for outcome in outcomes]
 
     async def callbacks_due(self, limit: int) -> list[JobId]:
@@ -165,7 +165,7 @@ class RedisStore:
         return [codec.record(stored) if stored else None for stored in outcomes]
 
     async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
-        return await self._call("note_callback", group, codec.callback_note, before_ack=True)
+        return await self._call("note_callback", group, codec.callback_note, durable=True)
 
     # Reading ---------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class RedisStore:
         before = await self._link.command("HGET", key, name)
         if before and (there := Alias.decode(name, before)) != expected:
             return there
-        now = await self._link.command("EVAL", SWAP, 1, key, name, before or "", text)
+        now = await self._link.command("EVAL", SWAP, 1, key, name, before or "", text, durable=True)
         return Alias.decode(name, now)
 
     # Notices ---------------------------------------------------------------------------------------
@@ -224,10 +224,10 @@ class RedisStore:
         group: Sequence[RequestT],
         encode: Callable[[RequestT], codec.Request],
         *,
-        before_ack: bool = False,
+        durable: bool = False,
     ) -> list[Any]:
         items = [Item(*self._place(fields["id"]), fields) for fields in map(encode, group)]
-        return await self._link.run(script, items, self._common, before_ack=before_ack)
+        return await self._link.run(script, items, self._common, durable=durable)
 
     def _place_of(self, job_id: JobId) -> tuple[int, tuple[str, ...]]:
         shard, topology = store_shard(job_id), self._topology

@@ -10,13 +10,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis
 
-from codeyard.shared.errors import SettingsError, StoreUnavailable
-from codeyard.shared.settings import StoreSettings, masked
-from codeyard.shared.store.redis_link import RedisLink, _bounded, _connect
+from codeyard.shared.errors import StoreUnavailable
+from codeyard.shared.settings import StoreSettings
+from codeyard.shared.store.redis_connections import address_of, connect, on_host
+from codeyard.shared.store.redis_link import RedisLink, _bounded, first_answer
 from codeyard.shared.topology import Topology
 
 # What every script of ours needs: its first line, and the right to write under our names.
@@ -45,19 +45,17 @@ class RedisNode:
 
 
 async def look_at(settings: StoreSettings) -> list[RedisNode]:
-    """The server of the URL; of a cluster every primary. Raises StoreUnavailable, SettingsError."""
-    try:
-        client = _connect(settings)
-    except ValueError as error:
-        raise SettingsError(f"CODEYARD_STORE_URL {masked(settings.url)}: {error}") from None
+    """The server of the URL, or the primary its Sentinels name; of a cluster every primary. Raises StoreUnavailable,
+    SettingsError."""
+    client, _ = await first_answer(settings)
     try:
         async with _bounded(settings.timeout_s):
-            first = await _node(client, _address(settings.url))
-            nodes = await client.execute_command("CLUSTER NODES") if first.mode == "cluster" else {}  # type: ignore[no-untyped-call]
+            node = await _node(client)
+            nodes = await client.execute_command("CLUSTER NODES") if node.mode == "cluster" else {}  # type: ignore[no-untyped-call]
     finally:
         await client.aclose()
     if not nodes:
-        return [first]
+        return [node]
     return [await _primary(settings, address) for address in _primaries(nodes)]
 
 
@@ -72,25 +70,22 @@ async def try_script(settings: StoreSettings, topology: Topology) -> None:
 
 
 async def _primary(settings: StoreSettings, address: str) -> RedisNode:
-    parts = urlsplit(settings.url)
-    user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
-    url = urlunsplit(parts._replace(netloc=f"{user}{address}"))
-    client = _connect(settings.model_copy(update={"url": url}))
+    client = connect(settings.model_copy(update={"url": on_host(settings.url, address)}))
     try:
         async with _bounded(settings.timeout_s):
-            return await _node(client, address)
+            return await _node(client)
     finally:
         await client.aclose()
 
 
-async def _node(client: Redis, address: str) -> RedisNode:
+async def _node(client: Redis) -> RedisNode:
     info: Mapping[str, Any] = await client.info()
     mode = str(info.get("redis_mode", "standalone"))
     asked_s, asked_at = time.monotonic(), time.time()
     seconds, microseconds = (int(asked_at), 0) if mode == "sentinel" else await client.time()
     round_trip_s = time.monotonic() - asked_s
     return RedisNode(
-        address=address,
+        address=address_of(client),
         version=str(info["redis_version"]),
         mode=mode,
         role=str(info.get("role", "")),
@@ -126,8 +121,3 @@ def _primaries(nodes: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
         for address, one in sorted(nodes.items())
         if "master" in str(one.get("flags")) and "fail" not in str(one.get("flags")).replace("nofailover", "")
     ]
-
-
-def _address(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"

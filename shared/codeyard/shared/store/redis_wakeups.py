@@ -12,13 +12,11 @@ Called by: store.redis. Does not know about: jobs, records.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
@@ -47,18 +45,13 @@ class Watcher:
 class Wakeups:
     """One per store; belongs to the event loop it is first used in. `close()` ends its task."""
 
-    def __init__(self, url: str, *, anchor: str, timeout_s: float) -> None:
-        """`anchor` is a channel that stays subscribed, so that an idle connection is still a subscriber."""
-        # No retries inside the library: it would reconnect under the reader's feet, from two tasks at once.
-        pool = ConnectionPool.from_url(
-            url,
-            protocol=2,
-            decode_responses=True,
-            socket_timeout=None,  # as in redis_link: it would make sending swallow cancellations
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0, supported_errors=()),
-        )
-        self._client = Redis.from_pool(pool)
+    def __init__(self, connect: Callable[[], Redis], *, anchor: str, timeout_s: float) -> None:
+        """`anchor` is a channel that stays subscribed, so that an idle connection is still a subscriber.
+
+        `connect` gives a new client each time: the server may be another one after a failover. It retries nothing,
+        or it would reconnect under the reader's feet, from two tasks at once.
+        """
+        self._connect = connect
         self._anchor = anchor
         self._timeout_s = timeout_s
         self._watchers: dict[str, set[Watcher]] = {}  # callers write; the task reads
@@ -88,14 +81,11 @@ class Wakeups:
     async def close(self) -> None:
         """End the task and its connection. Raises what the task may have died of."""
         task, self._task = self._task, None
-        try:
-            if task is not None:
-                task.cancel()
-                await asyncio.wait([task])
-                if not task.cancelled():
-                    task.result()
-        finally:
-            await self._client.aclose()
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
 
     # The task: one connection at a time, a reader and a writer on it -------------------------------
 
@@ -120,7 +110,8 @@ class Wakeups:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[PubSub]:
-        pubsub = self._client.pubsub()
+        client = self._connect()
+        pubsub = client.pubsub()
         try:
             async with asyncio.timeout(self._timeout_s):
                 await pubsub.subscribe(self._anchor)
@@ -128,6 +119,7 @@ class Wakeups:
         finally:
             self._subscribed.clear()
             await pubsub.aclose()  # type: ignore[no-untyped-call]  # redis-py leaves it without annotations
+            await client.aclose()
 
     async def _write(self, pubsub: PubSub) -> None:
         """Keep the server's subscriptions equal to the channels somebody watches."""
