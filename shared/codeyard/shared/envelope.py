@@ -1,7 +1,8 @@
 """A job as a message: the headers around the body, written and read in one place.
 
-Promise: `open_delivery` raises only `MalformedMessage`, whatever arrived.
-Called by: producer.submission, shared.reconciler (seal), worker.intake (open).
+Promise: `open_delivery` raises only `MalformedMessage`, whatever arrived; `LaterVersion`, which is one, for what a
+newer release reads. Headers keep their meaning over all versions: they are read before the body is understood.
+Called by: producer.submission, shared.reconciler (seal), worker.intake (open, passed_on).
 """
 
 import math
@@ -15,6 +16,7 @@ from codeyard.shared.job import Job
 from codeyard.shared.topology import Topology
 
 MAX_NONCE_CHARS = 100
+PASSED_ON = "passed_on"  # header: how many workers could not read it and left it to a newer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,17 @@ def open_delivery(delivery: Delivery) -> Envelope:
         published_at=delivery.timestamp,
         traceparent=_text(delivery.headers, "traceparent"),
     )
+
+
+def carried(delivery: Delivery) -> dict[str, HeaderValue]:
+    """The headers that go along when its message is published elsewhere."""
+    return {name: value for name, value in delivery.headers.items() if isinstance(value, str | int | float)}
+
+
+def times_passed_on(delivery: Delivery) -> int:
+    """0 for what is no count: the header is only ever ours."""
+    count = delivery.headers.get(PASSED_ON, 0)
+    return count if isinstance(count, int) and count > 0 else 0
 
 
 def _text(headers: Mapping[str, object], name: str) -> str | None:

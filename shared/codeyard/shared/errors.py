@@ -210,6 +210,10 @@ class MalformedMessage(FleetError):
     """A message or stored value does not decode. Dead-letter it; retrying cannot help."""
 
 
+class LaterVersion(MalformedMessage):
+    """A message of a later version: a newer worker reads it. Hand it back; redrive what was dead-lettered for it."""
+
+
 class JobRejected(FleetError):
     """This job can never succeed on this engine. Commit it as failed; do not retry."""
 

@@ -2,7 +2,8 @@
 
 Promise: whatever `Job.decode` returns is valid; whatever it was given, it raises only
 `MalformedMessage`. Called by: clients and gateway (build, encode), worker (decode).
-The format is documented for other languages in docs/wire-contract.md.
+The format is documented for other languages in docs/wire-contract.md; when it gets a new version, and what
+each release reads, in docs/upgrades.md.
 """
 
 import hashlib
@@ -11,16 +12,20 @@ import math
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from codeyard.shared.chat import Chat
-from codeyard.shared.errors import InvalidJob, JobTooLarge, MalformedMessage
+from codeyard.shared.errors import InvalidJob, JobTooLarge, LaterVersion, MalformedMessage
 
-WIRE_VERSION = 1
+WIRE_VERSION = 1  # what this release writes and decides by
+Fields = dict[str, Any]
+FROM_BEFORE: Final[Mapping[int, Callable[[Fields], Fields]]] = {}
+"""For the version before WIRE_VERSION: its fields as WIRE_VERSION has them. The one place that knows an older
+version; every release reads its own and the one before. None yet: 1 is the first."""
 MESSAGE_TYPE = "codeyard.job.v1"
 MAX_JOB_BYTES = 1_048_576  # encoded; RabbitMQ 4 refuses messages over 16 MiB, Redis and SQLite hold the body too
 MAX_METADATA_BYTES = 8_192
@@ -124,7 +129,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    v: Literal[1] = 1
+    v: Annotated[int, Field(ge=1, strict=True)] = WIRE_VERSION
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
     tenant: Name = "default"
     key: Name
@@ -175,13 +180,21 @@ class Job(BaseModel):
 
     @classmethod
     def decode(cls, body: bytes) -> "Job":
-        """The job in a message body. Raises MalformedMessage for anything else, whatever it is."""
+        """The job in a message body of this version or the one before. Raises LaterVersion for one that a newer
+        release reads, MalformedMessage for anything else, whatever it is."""
         if len(body) > MAX_JOB_BYTES:
             raise MalformedMessage(f"body of {len(body)} bytes, the limit is {MAX_JOB_BYTES}")
         try:
-            return cls.model_validate_json(body)
+            job = cls.model_validate_json(body)
+            if job.v == WIRE_VERSION:
+                return job
+            wrong = ""
         except (ValidationError, ValueError, RecursionError) as error:
-            raise MalformedMessage(f"not a {MESSAGE_TYPE} body: {_first_line(error)}") from None
+            wrong = _first_line(error)
+        try:
+            return cls.model_validate(_as_of_now(body))
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise MalformedMessage(f"not a {MESSAGE_TYPE} body: {wrong or _first_line(error)}") from None
 
     @classmethod
     def build(cls, **fields: Any) -> "Job":
@@ -191,6 +204,20 @@ class Job(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise InvalidJob(first["msg"], field=_where(first["loc"])) from None
+
+
+def _as_of_now(body: bytes) -> Fields:
+    """The fields of a body that is not of this version, as this version has them. Raises LaterVersion,
+    MalformedMessage for a version too old, ValueError where the version is not what is wrong."""
+    fields = json.loads(body)
+    version = fields.get("v", WIRE_VERSION) if isinstance(fields, dict) else WIRE_VERSION
+    if isinstance(version, bool) or not isinstance(version, int) or version == WIRE_VERSION:
+        raise ValueError("of this version, or of none")
+    if version > WIRE_VERSION:
+        raise LaterVersion(f"a job of version {version}; this release reads up to {WIRE_VERSION}")
+    if version not in FROM_BEFORE:
+        raise MalformedMessage(f"a job of version {version}; this release does not read it any more")
+    return {**FROM_BEFORE[version](fields), "v": WIRE_VERSION}
 
 
 def canonical_prompt(prompt: str | Sequence[int] | Chat) -> str:

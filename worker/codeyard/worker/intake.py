@@ -1,7 +1,8 @@
 """From deliveries to claimed jobs.
 
 1. Receive a group of deliveries. 2. Decode each; what does not decode is dead-lettered and the worker
-goes on. 3. Claim the rest in one round trip. 4. By verdict: run it, adopt it, hold it, or end it.
+goes on; what is of a later version is passed on to a newer worker (docs/upgrades.md). 3. Claim the rest in one
+round trip. 4. By verdict: run it, adopt it, hold it, or end it.
 
 Owns: deliveries until they are in the hand, dead-lettered, held or acked. Called by: worker.service.
 Does not know about: engines, schedulers.
@@ -14,19 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from codeyard.shared.broker.port import Consumer, Delivery, Message
-from codeyard.shared.envelope import Envelope, open_delivery
-from codeyard.shared.errors import MalformedMessage
+from codeyard.shared.envelope import PASSED_ON, Envelope, carried, open_delivery, times_passed_on
+from codeyard.shared.errors import LaterVersion, MalformedMessage
 from codeyard.shared.store.port import Claim, Claimed, ClaimVerdict, Store
 from codeyard.worker.execution import poisoned
 from codeyard.worker.hand import Hand
 from codeyard.worker.held import Finished, HeldJob
 from codeyard.worker.patience import persist
-from codeyard.worker.settler import Settler, dead_letter_headers
+from codeyard.worker.settler import Settler, dead_letter_headers, retry_delay_s
 
 log = logging.getLogger(__name__)
 
 MAX_GROUP = 256  # deliveries claimed in one round trip
 MIN_HOLD_S = 0.05
+MAX_PASSES = 32  # of one message, an hour through the delay queues: by then an upgrade has brought a newer worker
 
 MINE = {ClaimVerdict.RUN, ClaimVerdict.ADOPT}
 ACK = {ClaimVerdict.FINAL, ClaimVerdict.DUPLICATE, ClaimVerdict.EXPIRED, ClaimVerdict.CANCELLED}
@@ -80,15 +82,35 @@ class Intake:
                     await self._claim(arrivals, holds)
 
     async def _decode(self, deliveries: Sequence[Delivery]) -> list[_Arrival]:
-        arrivals, malformed = [], []
+        arrivals, later = [], []
+        dead: list[tuple[Delivery, str, str]] = []
         for delivery in deliveries:
             try:
                 arrivals.append(_Arrival(delivery, open_delivery(delivery)))
+            except LaterVersion as error:
+                if times_passed_on(delivery) < MAX_PASSES:
+                    later.append(delivery)
+                else:
+                    dead.append((delivery, "later_version", str(error)))
             except MalformedMessage as error:
-                malformed.append((delivery, str(error)))
-        if malformed:
-            await self._bury([(delivery, "malformed", text) for delivery, text in malformed])
+                dead.append((delivery, "malformed", str(error)))
+        if later:
+            await self._pass_on(later)
+        if dead:
+            await self._bury(dead)
         return arrivals
+
+    async def _pass_on(self, later: Sequence[Delivery]) -> None:
+        """By way of the delay queues: requeued they would come straight back, and stand before what is readable
+        here. No attempt is charged: nothing was claimed."""
+        copies = []
+        for delivery in later:
+            times = times_passed_on(delivery) + 1
+            headers = {**carried(delivery), PASSED_ON: times}
+            copies.append((Message(delivery.queue, delivery.message_id, delivery.body, headers), retry_delay_s(times)))
+        log.warning("messages_of_a_later_version", extra={"num_jobs": len(later), "queue": later[0].queue})
+        await self._settler.defer(copies)
+        await persist(lambda: self._consumer.ack(later))
 
     async def _claim(self, arrivals: Sequence[_Arrival], holds: asyncio.TaskGroup) -> None:
         claims = [
@@ -153,10 +175,7 @@ class Intake:
                 queue=delivery.queue,
                 message_id=delivery.message_id,
                 body=delivery.body,
-                headers={
-                    **{k: v for k, v in delivery.headers.items() if isinstance(v, str | int | float)},
-                    **dead_letter_headers(reason, text),
-                },
+                headers={**carried(delivery), **dead_letter_headers(reason, text)},
             )
             for delivery, reason, text in dead
         ]

@@ -164,7 +164,7 @@ class Settler:
                 extra={"job": held.id, "attempt": held.attempt, "delay_s": delay_s, "reason": ending.reason},
             )
         await persist(lambda: self._store.release(releases))  # first: a copy that arrives before it is a duplicate
-        await self._publish_all(pairs, lambda rest: self._broker.defer(rest, timeout_s=self._publish_timeout_s))
+        await self.defer(pairs)
         await self._end([ending.held for ending in endings], [True] * len(endings))
 
     async def _hand_back(self, held: Sequence[HeldJob]) -> None:
@@ -180,6 +180,10 @@ class Settler:
         ]
         self._metrics.lease_lost.inc(len(held))
         await self._end(held, may_ack)
+
+    async def defer(self, pairs: Sequence[tuple[Message, float]]) -> None:
+        """Return when the delay queues have all of these, each with its seconds."""
+        await self._publish_all(list(pairs), lambda rest: self._broker.defer(rest, timeout_s=self._publish_timeout_s))
 
     async def dead_letter(self, messages: Sequence[Message]) -> None:
         """Return when the dead-letter queue has them all. Each carries its reason and history as headers."""

@@ -162,7 +162,7 @@ class RedisStore:
 
     async def take_callbacks(self, group: Sequence[TakeCallback]) -> list[Record | None]:
         outcomes = await self._call("take_callback", group, codec.callback_taking)
-        return [codec.record(stored) if stored else None for stored in outcomes]
+        return [codec.readable(stored) if stored else None for stored in outcomes]
 
     async def note_callbacks(self, group: Sequence[NoteCallback]) -> list[bool]:
         return await self._call("note_callback", group, codec.callback_note, durable=True)
@@ -192,7 +192,9 @@ class RedisStore:
     async def recent(self, limit: int) -> list[Record]:
         found = await self._look_through("recent", limit)
         newest = [job_id for _, job_id in sorted(found, reverse=True)[:limit]]
-        return [record for record in await self.read(newest) if record is not None]
+        outcomes = await self._call("read", newest, codec.job_id)
+        records = [codec.readable(stored) if stored else None for stored in outcomes]
+        return [record for record in records if record is not None]
 
     # Aliases ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ of every function here is a script in lua/. Called by: store.redis.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -42,6 +43,8 @@ from codeyard.shared.store.port import (
     Timing,
 )
 from codeyard.shared.store.transitions import MAX_HISTORY, MAX_QUEUE_CHECK_S, NEVER_PUBLISHED, REPUBLISH_RETRY_S
+
+log = logging.getLogger(__name__)
 
 NUM_RECENT = 256  # per shard; people look at the newest few hundred of the fleet
 FIELDS = (  # in the order of `ALL` in lua/prelude.lua
@@ -245,11 +248,21 @@ def committed(verdict: str, may_ack: bool) -> Committed:
 
 
 def recovered(verdict: str, stored: Stored | None = None) -> Recovered:
-    return Recovered(RecoverVerdict(verdict), record(stored) if stored else None)
+    return Recovered(RecoverVerdict(verdict), readable(stored) if stored else None)
 
 
 def redriven(verdict: str, stored: Stored | None = None) -> Redriven:
     return Redriven(RedriveVerdict(verdict), record(stored) if stored else None)
+
+
+def readable(stored: Stored) -> Record | None:
+    """None for a record that is not for this release to read: whoever looks after all jobs leaves it to a newer one
+    and goes on with the others (docs/upgrades.md)."""
+    try:
+        return record(stored)
+    except MalformedMessage as error:
+        log.warning("record_not_readable", extra={"job": stored[0], "error": str(error)})
+        return None
 
 
 def record(stored: Stored, *, job: Job | None = None) -> Record:
