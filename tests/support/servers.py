@@ -7,8 +7,21 @@ from codeyard.cli.drill.servers import (
     RedisServer,
     ServerFailed,
     as_run,
+    found,
     free_port,
     path,
+    start_epmd,
 )
 
-__all__ = ["ROOT_VARIABLE", "Guarded", "RabbitServer", "RedisServer", "ServerFailed", "as_run", "free_port", "path"]
+__all__ = [
+    "ROOT_VARIABLE",
+    "Guarded",
+    "RabbitServer",
+    "RedisServer",
+    "ServerFailed",
+    "as_run",
+    "found",
+    "free_port",
+    "path",
+    "start_epmd",
+]

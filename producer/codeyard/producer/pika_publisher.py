@@ -26,8 +26,8 @@ from pika.exceptions import (
     ProbableAuthenticationError,
 )
 
-from codeyard.shared.broker.backoff import backoff_s
 from codeyard.shared.broker.port import Message, PublishOutcome
+from codeyard.shared.broker.rabbitmq_nodes import Turns, node_of
 from codeyard.shared.broker.rabbitmq_topology import (
     CONTENT_TYPE,
     MESSAGE_TYPE,
@@ -53,10 +53,11 @@ class PikaPublisher:
     def __init__(self, settings: BrokerSettings, topology: Topology) -> None:
         self._settings = settings
         self._topology = topology
+        self._turns = Turns(settings.url)
+        self._url = settings.url  # of the node last tried
         self._opening = asyncio.Lock()
         self._connection: _Connection | None = None
         self._channel: _ConfirmingChannel | None = None
-        self._failures = 0
         self._trouble = "no answer"
         self._closed = False
 
@@ -94,21 +95,27 @@ class PikaPublisher:
             raise BrokerUnavailable(f"no connection to {where} in time ({self._trouble})") from None
 
     async def _try_once(self) -> None:
-        if self._failures:
-            await asyncio.sleep(backoff_s(self._failures))
+        if wait_s := self._turns.wait_s:
+            await asyncio.sleep(wait_s)
         try:
-            if self._connection is None or not self._connection.is_open:
-                await self._forget()
-                self._connection = await _Connection.open(_parameters(self._settings))
-            self._channel = await _ConfirmingChannel.open(self._connection)
-        except (ProbableAuthenticationError, ProbableAccessDeniedError) as error:
-            raise BrokerUnavailable(f"{masked(self._settings.url)} refused us: {_describe(error)}") from error
+            async with asyncio.timeout(self._turns.patience_s):
+                if self._connection is None or not self._connection.is_open:
+                    await self._forget()
+                    self._url = self._turns.next()
+                    self._connection = await _Connection.open(_parameters(self._url, self._settings))
+                self._channel = await _ConfirmingChannel.open(self._connection)
         except (AMQPError, OSError) as error:
-            self._failures += 1
+            tries = self._turns.failed()
+            refused = isinstance(error, ProbableAuthenticationError | ProbableAccessDeniedError)
+            if refused and self._turns.all_failed:
+                raise BrokerUnavailable(f"{masked(self._url)} refused us: {_describe(error)}") from error
+            if isinstance(error, TimeoutError):
+                await self._forget()  # a node that is open and silent must not be asked again
             self._trouble = _describe(error)
-            log.warning("broker_unreachable", extra={"tries": self._failures, "trouble": self._trouble})
+            told = {"node": node_of(self._url), "tries": tries, "trouble": self._trouble}
+            log.warning("broker_unreachable", extra=told)
         else:
-            self._failures = 0
+            self._turns.succeeded()
             self._trouble = "no answer"
 
     async def _forget(self) -> None:
@@ -310,9 +317,9 @@ def _describe(error: BaseException) -> str:
     return str(error) or repr(error)
 
 
-def _parameters(settings: BrokerSettings) -> pika.ConnectionParameters:
-    """The URL as aio-pika reads it: TLS files are query parameters, and pika refuses those it does not know."""
-    parts = urlsplit(settings.url)
+def _parameters(url: str, settings: BrokerSettings) -> pika.ConnectionParameters:
+    """A node's URL as aio-pika reads it: TLS files are query parameters, and pika refuses those it does not know."""
+    parts = urlsplit(url)
     query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
     parameters = pika.URLParameters(urlunsplit(parts._replace(query="")))
     parameters.heartbeat = settings.heartbeat_s

@@ -35,6 +35,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from codeyard.shared.broker.rabbitmq_nodes import node_urls
 from codeyard.shared.engine_args import refusals
 from codeyard.shared.errors import SettingsError
 from codeyard.shared.job import Lane
@@ -79,7 +80,8 @@ class _Group(BaseModel):
 
 
 class BrokerSettings(_Group):
-    url: str = Field(default_factory=_embedded_url)  # amqp(s)://user:password@host:port/vhost, or sqlite:///path
+    url: str = Field(default_factory=_embedded_url)  # amqp(s)://user:password@host:port/vhost, or sqlite:///path;
+    # of a cluster host:port,host:port,... : each connection begins with another node, and goes on to the next
     publish_timeout_s: PositiveFloat = 10.0  # for connection and confirm; then the publish is "unknown"
     refuse_late: bool = True  # refuse a job that would not start before its deadline
     heartbeat_s: PositiveInt = 10  # a dead peer is noticed after about two of them
@@ -88,7 +90,10 @@ class BrokerSettings(_Group):
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: str) -> str:
-        return _check_scheme(url, {"amqp", "amqps", "sqlite"})
+        known = _check_scheme(url, {"amqp", "amqps", "sqlite"})
+        if not known.startswith("sqlite"):
+            node_urls(known)
+        return known
 
 
 class StoreSettings(_Group):

@@ -3,6 +3,7 @@
 Called by: cli.doctor. What is asked of the server: shared.broker.rabbitmq_probe.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from codeyard.cli.checks.check import Finding, Place, Status, fail, ok, skipped,
 from codeyard.cli.checks.fleet import known_revisions
 from codeyard.cli.checks.reach import unreachable
 from codeyard.cli.checks.settings import without_secrets
+from codeyard.shared.broker.rabbitmq_nodes import node_urls
 from codeyard.shared.broker.rabbitmq_probe import RabbitProbe, Seen, Trial
 from codeyard.shared.broker.rabbitmq_topology import exchanges, queues
 from codeyard.shared.envelope import new_nonce
@@ -30,13 +32,15 @@ async def check_broker(place: Place) -> list[Finding]:
     settings = place.settings.broker
     if settings.url.startswith("sqlite:"):
         return [skipped(EMBEDDED)]
-    if (nobody := await unreachable(settings.url, variable=URL, start=START, within_s=place.answer_s)) is not None:
-        return [nobody]
+    lost = await _lost_nodes(place)
+    if len(lost) == len(node_urls(settings.url)):
+        return lost
     try:
         async with _probing(place) as probe:
             findings = version_findings(probe.product, probe.version, without_secrets(settings.url))
             if any(finding.status is Status.FAIL for finding in findings):
                 return findings
+            findings += [warn(f"one node is lost: {one.text}", one.way_out) for one in lost]
             trial = await probe.try_queue(f"{place.settings.namespace}.doctor.{new_nonce()}")
             return [*findings, *trial_findings(trial, settings, answer_s=place.answer_s)]
     except BrokerUnavailable as error:
@@ -48,7 +52,7 @@ async def check_queues(place: Place) -> list[Finding]:
     settings = place.settings
     if settings.broker.url.startswith("sqlite:"):
         return [skipped("the broker is the embedded file: its queues have no arguments")]
-    if await unreachable(settings.broker.url, variable=URL, start=START, within_s=place.answer_s) is not None:
+    if len(await _lost_nodes(place)) == len(node_urls(settings.broker.url)):
         return [skipped("the broker cannot be reached: see `broker`")]
     topology = Topology(settings.namespace)
     shards = range(settings.worker.shards)
@@ -75,6 +79,15 @@ async def check_queues(place: Place) -> list[Finding]:
             return [fail(text, way_out)]
         return [skipped(f"the broker does not answer: see `broker` ({error})")]
     return list(queue_findings(seen, settings.namespace))
+
+
+async def _lost_nodes(place: Place) -> list[Finding]:
+    """Of the nodes that the URL names, why nothing answers at those where nothing does."""
+    asked = (
+        unreachable(url, variable=URL, start=START, within_s=place.answer_s)
+        for url in node_urls(place.settings.broker.url)
+    )
+    return [nobody for nobody in await asyncio.gather(*asked) if nobody is not None]
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from codeyard.cli.drill.producing import Gate, Spec
 from codeyard.cli.drill.proxy import TcpProxy
 from codeyard.cli.drill.servers import RabbitServer, RedisServer, free_port
 from codeyard.cli.processes import Child
+from codeyard.shared.broker.rabbitmq_nodes import node_urls
 from codeyard.shared.settings import Settings, load
 
 LEASE_S, RENEW_S, GRACE_S = 2.0, 0.5, 1.0  # of a local fleet: short, so that a drill need not wait long
@@ -126,7 +127,7 @@ class Fleet:
             await asyncio.gather(*(asyncio.to_thread(server.start) for server in (self.rabbitmq, self.redis)))
             broker_url, store_url = self.rabbitmq.url, self.redis.url
         if broker_url.startswith("amqp") and store_url.startswith("redis"):
-            self.to_broker = await self._stack.enter_async_context(TcpProxy.to(broker_url))
+            self.to_broker = await self._stack.enter_async_context(TcpProxy.to(node_urls(broker_url)[0]))
             self.to_store = await self._stack.enter_async_context(TcpProxy.to(store_url))
         if not wish.against:
             self.settings = self._own_settings(broker_url, store_url)

@@ -53,10 +53,11 @@ class TcpProxy:
         return cls(parts.hostname, parts.port)
 
     def url(self, direct: str) -> str:
-        """`direct`, a URL of the target, by way of this proxy."""
+        """`direct`, a URL of the target, by way of this proxy; of several nodes the first goes by way of it."""
         parts = urlsplit(direct)
-        user = f"{parts.netloc.rsplit('@', 1)[0]}@" if "@" in parts.netloc else ""
-        return urlunsplit(parts._replace(netloc=f"{user}127.0.0.1:{self.port}"))
+        user, at, hosts = parts.netloc.rpartition("@")
+        _, comma, others = hosts.partition(",")
+        return urlunsplit(parts._replace(netloc=f"{user}{at}127.0.0.1:{self.port}{comma}{others}"))
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)

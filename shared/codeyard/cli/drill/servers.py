@@ -262,32 +262,20 @@ class RabbitServer(_Server):
 
     def _launch(self) -> Guarded:
         env = self._environment()
-        self._epmd = Guarded(
-            as_run(["epmd", "-port", str(self._epmd_port), "-address", self.host], self.directory),
-            env=env,
-            cwd=self.directory,
-            log=self.directory / "epmd.log",
-        )
-        deadline = time.monotonic() + 10
-        while not _listens(self.host, self._epmd_port):
-            if self._epmd.wait(_POLL_S) or time.monotonic() > deadline:
-                raise ServerFailed(f"epmd on port {self._epmd_port} did not start:\n{self._epmd.log_tail()}")
+        self._epmd = self._own_epmd()
         program = self._program()
         assert program is not None
         return Guarded(
             as_run([program], self.directory), env=env, cwd=self.directory, log=self.directory / "rabbitmq.log"
         )
 
+    def _own_epmd(self) -> Guarded | None:
+        return start_epmd(self.directory, self._epmd_port)
+
     def _environment(self) -> dict[str, str]:
         """Every place RabbitMQ would otherwise share with one that the machine runs."""
         here = self.directory
-        (here / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = {self.host}:{self.port}\n"
-            "log.console = true\n"
-            "log.console.level = info\n"
-            "raft.wal_max_size_bytes = 33554432\n"  # it is allocated in full at start; the default is 512 MiB
-            "disk_free_limit.absolute = 64MB\n"
-        )
+        (here / "rabbitmq.conf").write_text(self._configuration())
         (here / "enabled_plugins").write_text("[].\n")
         (here / "rabbitmq-env.conf").write_text("")
         return {
@@ -311,8 +299,29 @@ class RabbitServer(_Server):
             "RUNNING_UNDER_SYSTEMD": "true",  # the start script then becomes the server instead of its parent
         }
 
+    def _configuration(self) -> str:
+        return (
+            f"listeners.tcp.1 = {self.host}:{self.port}\n"
+            "log.console = true\n"
+            "log.console.level = info\n"
+            "raft.wal_max_size_bytes = 33554432\n"  # it is allocated in full at start; the default is 512 MiB
+            "disk_free_limit.absolute = 64MB\n"
+        )
+
     def _answers(self) -> bool:
         return _listens(self.host, self.port) and amqp_answers(self.url)
+
+
+def start_epmd(directory: Path, port: int) -> Guarded:
+    """Erlang's port mapper, answering. Raises ServerFailed."""
+    command = as_run(["epmd", "-port", str(port), "-address", "127.0.0.1"], directory)
+    epmd = Guarded(command, env={"PATH": path(), "LANG": "C.UTF-8"}, cwd=directory, log=directory / "epmd.log")
+    deadline = time.monotonic() + 10
+    while not _listens("127.0.0.1", port):
+        if epmd.wait(_POLL_S) or time.monotonic() > deadline:
+            epmd.kill()
+            raise ServerFailed(f"epmd on port {port} did not start:\n{epmd.log_tail()}")
+    return epmd
 
 
 def servers_root() -> Path | None:

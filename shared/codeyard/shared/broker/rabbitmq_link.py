@@ -1,6 +1,6 @@
-"""One connection to RabbitMQ, made when it is asked for and again when it was lost.
+"""One connection to RabbitMQ, made when it is asked for and again when it was lost, to whichever node takes it.
 
-Owns: the connection, the backoff between tries, and the translation of library errors.
+Owns: the connection, the waits between tries, and the translation of library errors.
 Called by: shared.broker.rabbitmq and its parts, nobody else. Every wait is bounded by the caller's timeout.
 """
 
@@ -22,8 +22,8 @@ from aio_pika.exceptions import (
 from aiormq.abc import AbstractConnection as Wire
 from aiormq.channel import Channel
 
-from codeyard.shared.broker.backoff import backoff_s
 from codeyard.shared.broker.rabbitmq_decoding import tolerate_undecodable_properties
+from codeyard.shared.broker.rabbitmq_nodes import Turns, node_of
 from codeyard.shared.errors import BrokerUnavailable
 from codeyard.shared.settings import BrokerSettings, masked
 
@@ -65,19 +65,19 @@ class Link:
 
     def __init__(self, settings: BrokerSettings, *, purpose: str) -> None:
         self._url = settings.url
+        self._turns = Turns(settings.url)
         self._purpose = purpose  # shown in the management UI as part of the connection's name
         # aiormq gives a silent peer up after 3 x (heartbeat + 1); the setting promises about two heartbeats.
         self._heartbeat_s = max(1, settings.heartbeat_s * 2 // 3 - 1)
         self._connecting = asyncio.Lock()
         self._connection: AbstractConnection | None = None
-        self._failures = 0
         self._trouble = "no answer"
         self._closed = False
 
     async def connect(self) -> Wire:
         """The live connection. Tries until there is one; bound it with `asyncio.timeout`.
 
-        Raises BrokerUnavailable at once where trying again cannot help: wrong password, no such virtual host.
+        Raises BrokerUnavailable where trying again cannot help: no node takes our password, or has our virtual host.
         """
         async with self._connecting:
             while True:
@@ -86,8 +86,8 @@ class Link:
                 if (wire := self._live_wire()) is not None:
                     return wire
                 await self._forget()
-                if self._failures:
-                    await asyncio.sleep(backoff_s(self._failures))
+                if wait_s := self._turns.wait_s:
+                    await asyncio.sleep(wait_s)
                 await self._try_once()
 
     async def connect_within(self, timeout_s: float) -> Wire:
@@ -120,20 +120,23 @@ class Link:
             await self._forget()
 
     async def _try_once(self) -> None:
+        url = self._turns.next()
         try:
             with translated("cannot connect"):
-                self._connection = await aio_pika.connect(
-                    self._url, heartbeat=self._heartbeat_s, name=f"codeyard {self._purpose}"
-                )
+                async with asyncio.timeout(self._turns.patience_s):
+                    self._connection = await aio_pika.connect(
+                        url, heartbeat=self._heartbeat_s, name=f"codeyard {self._purpose}"
+                    )
         except BrokerUnavailable as error:
-            refusal = _refusal(error.__cause__, self._url)
-            if refusal is not None:
+            tries = self._turns.failed()
+            refusal = _refusal(error.__cause__, url)
+            if refusal is not None and self._turns.all_failed:
                 raise BrokerUnavailable(refusal) from error
-            self._failures += 1
-            self._trouble = describe(error.__cause__ or error)
-            log.warning("broker_unreachable", extra={"tries": self._failures, "trouble": self._trouble})
+            self._trouble = refusal or describe(error.__cause__ or error)
+            told = {"node": node_of(url), "tries": tries, "trouble": self._trouble}
+            log.warning("broker_unreachable", extra=told)
         else:
-            self._failures = 0
+            self._turns.succeeded()
             self._trouble = "no answer"
 
     def _live_wire(self) -> Wire | None:
