@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -11,11 +12,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from support.brokers import logged
 from support.store_calls import commit_of, make_job, reservation_of, run_jobs
 
 from codeyard.shared.alias import Alias
+from codeyard.shared.broker.sqlite import SqliteBroker
 from codeyard.shared.embedded import file as embedded_file
 from codeyard.shared.embedded import place
+from codeyard.shared.embedded.backup import back_up
 from codeyard.shared.embedded.clock import FileClock
 from codeyard.shared.embedded.failure import FileUnavailable, NoAnswer
 from codeyard.shared.embedded.file import EmbeddedFile
@@ -154,7 +158,7 @@ async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 99")
 
-    with pytest.raises(SettingsError, match="format 99"):
+    with pytest.raises(SettingsError, match=r"format 99.*update codeyard here too"):
         await open_store(path)
 
 
@@ -166,7 +170,7 @@ async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
         db.executescript(first.replace("revision TEXT NOT NULL,", "revision TEXT NOT NULL, context_tokens INTEGER,"))
         for later in ("notices", "api_keys", "levels", "live_jobs", "chunks", "chunk_holders", "documents"):
             db.execute(f"DROP TABLE {later}")
-        db.executescript("DROP TRIGGER callback_gone; DROP TABLE callbacks;")
+        db.executescript("DROP TRIGGER callback_gone; DROP TABLE callbacks; ALTER TABLE meta DROP COLUMN inode;")
         db.execute("INSERT INTO aliases VALUES ('file', 'starter', 'starter-1', 2048)")
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
@@ -350,7 +354,10 @@ async def test_a_damaged_file_is_unavailable_and_not_a_crash(tmp_path: Path) -> 
     await store.reserve([reservation_of(make_job(prompt="x" * 50_000))])
     await store.close()
     with closing(sqlite3.connect(path)) as db:
-        roots = [number for (number,) in db.execute("SELECT rootpage FROM sqlite_schema WHERE rootpage > 0")]
+        roots = [
+            number
+            for (number,) in db.execute("SELECT rootpage FROM sqlite_schema WHERE rootpage > 0 AND name <> 'meta'")
+        ]
     with path.open("r+b") as raw:
         for number in roots:  # of every table and index; what they are is still known
             raw.seek((number - 1) * 4_096)
@@ -364,12 +371,82 @@ async def test_a_damaged_file_is_unavailable_and_not_a_crash(tmp_path: Path) -> 
     await store.close()
 
 
+async def test_a_file_deleted_under_a_running_process_is_named_and_may_be_moved_back(tmp_path: Path) -> None:
+    """Linux lets a process write into a file that nobody will ever find again; ours confirms nothing there."""
+    path, away = tmp_path / "yard.db", tmp_path / "away.db"
+    store = await open_store(path)
+    await store.reserve([reservation_of(kept := make_job())])
+
+    path.rename(away)
+    with pytest.raises(StoreUnavailable, match="was deleted or moved away while in use; move it back"):
+        await store.reserve([reservation_of(make_job())])
+    with pytest.raises(StoreUnavailable, match="was deleted or moved away"):
+        await store.read([kept.id])
+    assert not path.exists()  # nor was it made anew, and empty
+    away.rename(path)
+
+    [record] = await store.read([kept.id])
+    assert record is not None
+    await store.close()
+
+
+async def test_a_file_replaced_under_a_running_process_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+    """A backup put back while a worker runs: what the worker knows is not in it."""
+    path, other = tmp_path / "yard.db", tmp_path / "other.db"
+    await (await open_store(other)).close()
+    store = await open_store(path)
+    await store.reserve([reservation_of(make_job())])
+    content = other.read_bytes()
+
+    other.replace(path)
+    with pytest.raises(StoreUnavailable, match="was replaced by another file while in use; stop every process"):
+        await store.reserve([reservation_of(make_job())])
+    with pytest.raises(StoreUnavailable, match="was replaced"):
+        await store.recent(10)
+    await store.close()
+
+    assert path.read_bytes() == content
+
+
+async def test_a_backup_put_beside_the_log_of_killed_processes_is_refused(tmp_path: Path) -> None:
+    """SQLite would take that log for the backup's own, and fold it in: neither one nor the other would be left."""
+    path, saved = tmp_path / "yard.db", tmp_path / "saved.db"
+    store = await open_store(path)
+    await store.reserve([reservation_of(make_job())])
+    back_up(url_of(path), saved)
+    log = shutil.copy(f"{path}-wal", tmp_path / "log")
+    await store.close()
+
+    shutil.copy(saved, path)
+    shutil.copy(log, f"{path}-wal")
+    with pytest.raises(SettingsError, match=r"is that one's log; move yard\.db-wal and yard\.db-shm away"):
+        await open_store(path)
+    os.unlink(f"{path}-wal")
+
+    await (await open_store(path)).close()
+
+
+async def test_whoever_waits_for_a_message_is_told_that_the_file_is_gone(tmp_path: Path) -> None:
+    """An idle worker asks for nothing, and would otherwise wait for ever without a word."""
+    path = tmp_path / "yard.db"
+    broker = await SqliteBroker.open(BrokerSettings(url=url_of(path)), TOPOLOGY)
+    await broker.declare([TOPOLOGY.job_queue("m-1", Lane.BULK)])
+    consumer = await broker.consume({TOPOLOGY.job_queue("m-1", Lane.BULK): 1})
+
+    with logged("receive_failed", "codeyard.shared.broker.sqlite_consumer") as told:
+        receiving = asyncio.create_task(consumer.receive(1))
+        path.unlink()
+        async with asyncio.timeout(PATIENCE_S):
+            await told.wait()
+    receiving.cancel()
+    await asyncio.gather(receiving, return_exceptions=True)
+    await broker.close()
+
+
 async def test_the_broker_translates_the_files_errors_as_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers catch BrokerUnavailable and repeat."""
-    from codeyard.shared.broker.sqlite import SqliteBroker
-
     monkeypatch.setattr(embedded_file, "LOCK_PATIENCE_S", 0.05)
     path = tmp_path / "yard.db"
     broker = await SqliteBroker.open(BrokerSettings(url=url_of(path)), TOPOLOGY)

@@ -2,16 +2,15 @@
 
 import asyncio
 import os
-import signal
 import sqlite3
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, closing
 from pathlib import Path
 
 import pytest
 from support import embedded_process
 from support.brokers import comes_to, numbered, take
+from support.children import Process
+from support.children import running as running_script
 from support.embedded_process import QUEUE, open_broker, open_store
 from support.store_calls import success
 
@@ -20,60 +19,12 @@ from codeyard.shared.record import State
 
 pytestmark = pytest.mark.process
 
-PATIENCE_S = 30.0
 ROUNDS = 3
 LINES = 20  # groups that a process confirms before it is killed
 
 
-class Process:
-    """A child that reports by lines, and is dead when the test ends."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self.pid = process.pid
-
-    async def line(self) -> str:
-        assert self._process.stdout is not None
-        async with asyncio.timeout(PATIENCE_S):
-            line = await self._process.stdout.readline()
-        assert line.endswith(b"\n"), "the process ended early; its error is above"
-        return line.decode().strip()
-
-    async def kill(self) -> list[str]:
-        """kill -9, children included; returns the lines it had still written."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        assert self._process.stdout is not None
-        rest = await self._process.stdout.read()
-        await self._process.wait()
-        return [line.decode().strip() for line in rest.splitlines(keepends=True) if line.endswith(b"\n")]
-
-    def kill_alone(self) -> None:
-        """kill -9; its children live on."""
-        os.kill(self.pid, signal.SIGKILL)
-
-    async def ended(self) -> int:
-        async with asyncio.timeout(PATIENCE_S):
-            return await self._process.wait()
-
-
-@asynccontextmanager
-async def running(file: Path, *what: str) -> AsyncIterator[Process]:
-    tests = Path(embedded_process.__file__).parents[1]
-    process = Process(
-        await asyncio.create_subprocess_exec(
-            *(sys.executable, embedded_process.__file__, str(file), *what),
-            env={**os.environ, "PYTHONPATH": str(tests)},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=1_048_576,
-        )
-    )
-    try:
-        yield process
-    finally:
-        await process.kill()
+def running(file: Path, *what: str) -> AbstractAsyncContextManager[Process]:
+    return running_script(Path(embedded_process.__file__), str(file), *what)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, dead, keys, models, doctor, drill, simulate."""
+"""`codeyard`: demo, up, gateway, worker, submit, result, cancel, jobs, dead, keys, models, backup, doctor, drill,
+simulate."""
 
 import importlib
 
@@ -16,6 +17,7 @@ COMMANDS = {
     "dead": ("codeyard.cli.dead", "dead"),
     "keys": ("codeyard.cli.keys", "keys"),
     "models": ("codeyard.cli.models", "models"),
+    "backup": ("codeyard.cli.backup", "backup"),
     "doctor": ("codeyard.cli.doctor", "doctor"),
     "drill": ("codeyard.cli.drill.command", "drill"),
     "simulate": ("codeyard.worker.simulation.cli", "simulate"),

@@ -18,7 +18,7 @@ from typing import Self
 
 from codeyard.shared.broker.backoff import backoff_s
 from codeyard.shared.broker.port import Delivery
-from codeyard.shared.embedded.failure import FileUnavailable
+from codeyard.shared.embedded.failure import FileUnavailable, refused
 from codeyard.shared.embedded.file import EmbeddedFile
 from codeyard.shared.embedded.liveness import ConsumerLock, bury, is_alive
 from codeyard.shared.embedded.transactions import Call, Work
@@ -61,7 +61,7 @@ class SqliteConsumer:
         try:
             lock = await asyncio.to_thread(ConsumerLock.acquire, file.locks)
         except OSError as error:
-            raise FileUnavailable(f"{file.locks}: cannot lock: {error}") from None
+            raise refused(error, file.locks) from None
 
         def work(db: sqlite3.Connection, now: float) -> tuple[int, list[_Queue]]:
             queues = [_declared(db, name, limit) for name, limit in prefetch.items()]
@@ -134,8 +134,12 @@ class SqliteConsumer:
         if probe:
             self._probe_at_s = monotonic_s + PROBE_EVERY_S
         if (probe and _dead(db, self._number, self._file.locks)) or self._is_any_ready(db, now):
-            with suppress(RuntimeError):  # the loop was closed meanwhile
-                self._loop.call_soon_threadsafe(self._woken.set)
+            self.lost()
+
+    def lost(self) -> None:
+        """In the watcher's thread: `receive` looks by itself, and says what is wrong."""
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._woken.set)
 
     # -------------------------------------------------------------------------------------------------
 

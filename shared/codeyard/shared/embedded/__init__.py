@@ -2,5 +2,6 @@
 
 `file.EmbeddedFile` is what the adapters use; `place` says where it may lie, `schema` what is in it,
 `transactions` how calls share commits, `watcher` how waiters learn of them, `liveness` how a killed
-process is noticed, `clock` what time it is. Raises only `FileUnavailable` and `SettingsError`.
+process is noticed, `identity` whether it is the file it was, `backup` how it is copied while in use,
+`clock` what time it is. Raises only `FileUnavailable` and `SettingsError`.
 """

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from codeyard.shared.embedded.clock import FileClock
 from codeyard.shared.embedded.failure import FileUnavailable
+from codeyard.shared.embedded.identity import Opened, close_cleanly
 from codeyard.shared.embedded.place import embedded_path
 from codeyard.shared.embedded.schema import prepare
 from codeyard.shared.embedded.transactions import Call, TransactionThread, Work
@@ -31,12 +32,13 @@ class EmbeddedFile:
         self.users = 0  # adapters that have it open; under the registry's lock
         self._wall = wall
         self._pid = os.getpid()
+        self._opened = opened = Opened(path)
         clock = FileClock(wall)
-        self.watcher = Watcher(path, clock, patience_s=LOCK_PATIENCE_S)
+        self.watcher = Watcher(path, opened, clock, patience_s=LOCK_PATIENCE_S)
         self._writer = TransactionThread(
-            path, clock, begin="BEGIN IMMEDIATE", patience_s=LOCK_PATIENCE_S, on_change=self.watcher.poke
+            path, opened, clock, begin="BEGIN IMMEDIATE", patience_s=LOCK_PATIENCE_S, on_change=self.watcher.poke
         )
-        self._reader = TransactionThread(path, clock, begin="BEGIN", patience_s=LOCK_PATIENCE_S)
+        self._reader = TransactionThread(path, opened, clock, begin="BEGIN", patience_s=LOCK_PATIENCE_S)
 
     @classmethod
     async def open(cls, url: str, *, wall: WallClock = time.time) -> "EmbeddedFile":
@@ -91,6 +93,7 @@ class EmbeddedFile:
         self._writer.close()
         self._reader.close()
         self.watcher.close()
+        close_cleanly(self.path, self._opened)
 
 
 _open_files: dict[tuple[Path, WallClock], EmbeddedFile] = {}

@@ -82,12 +82,16 @@ def file_system(path: Path, mountinfo: str) -> str:
     return kind
 
 
-def _refuse_network(path: Path) -> None:
+def kind_of(path: Path) -> str:
+    """The type of the file system that holds a path on this machine; "" if unknown."""
     try:
-        mounts = os.fsdecode(_MOUNTS.read_bytes())
+        return file_system(path.parent, os.fsdecode(_MOUNTS.read_bytes()))
     except OSError:
-        return  # not Linux: the documentation has to do
-    kind = file_system(path.parent, mounts)
+        return ""  # not Linux: the documentation has to do
+
+
+def _refuse_network(path: Path) -> None:
+    kind = kind_of(path)
     if kind in NETWORK_FILE_SYSTEMS:
         raise SettingsError(
             f"{path} is on a network file system ({kind}), where SQLite loses data; put it on a local disk "

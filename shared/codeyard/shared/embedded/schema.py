@@ -6,22 +6,26 @@ One file may hold several fleets: jobs and aliases carry their namespace, queue 
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from codeyard.shared.embedded.failure import explained
+from codeyard.shared.embedded.failure import code_of, explained
+from codeyard.shared.embedded.identity import refuse_foreign_log, refuse_torn_copy, uri_of
 from codeyard.shared.errors import SettingsError
 
 T = TypeVar("T")
 
 APPLICATION_ID = 0x59415244  # "YARD": tells our files from other programs'
-VERSION = 5
+VERSION = 6
 OLDEST_SQLITE = (3, 38, 0)  # RETURNING, and JSON functions built in
 LOCK_RETRY_S = 0.001  # SQLite's own waits grow to 100 ms and starve under writers that never pause
 
 SCHEMA = """
-CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), clock REAL NOT NULL) STRICT;
-INSERT INTO meta VALUES (1, 0.0);
+-- `inode` is the file's own, so that a copy can be told: see identity.py.
+CREATE TABLE meta (
+    one INTEGER PRIMARY KEY CHECK (one = 1), clock REAL NOT NULL, inode INTEGER NOT NULL DEFAULT 0) STRICT;
+INSERT INTO meta (one, clock) VALUES (1, 0.0);
 
 -- A record without its job, which never changes and may be large, so that a renewal writes little.
 CREATE TABLE jobs (
@@ -153,20 +157,25 @@ CREATE TRIGGER callback_gone AFTER DELETE ON jobs BEGIN
     DELETE FROM callbacks WHERE number = OLD.number;
 END;
 """,
+    5: "ALTER TABLE meta ADD COLUMN inode INTEGER NOT NULL DEFAULT 0;\n",
 }
 
 
 def prepare(path: Path, *, patience_s: float) -> None:
-    """Make the file, or check that it is ours. Raises SettingsError or FileUnavailable."""
+    """Make the file, or check that it is ours and no torn copy. Raises SettingsError or FileUnavailable."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         wanted = ".".join(map(str, OLDEST_SQLITE))
         raise SettingsError(f"the embedded file needs SQLite {wanted}, this Python has {sqlite3.sqlite_version}")
+    refuse_foreign_log(path)
     db: sqlite3.Connection | None = None
     try:
-        db = connect(path, patience_s=patience_s)
-        patiently(lambda: _make_or_check(db, path), patience_s)
+        db = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+        if not patiently(partial(_pragma, db, "page_count"), patience_s):
+            _use_log(db, path, patience_s)  # of a file that is there, its mode says how it was closed
+        patiently(partial(_make_or_check, db, path), patience_s)
+        _use_log(db, path, patience_s)
     except sqlite3.Error as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _HOPELESS:
+        if code_of(error, path) in _HOPELESS:
             raise SettingsError(f"embedded file {explained(error, path)}") from None
         raise explained(error, path) from None
     finally:
@@ -175,12 +184,11 @@ def prepare(path: Path, *, patience_s: float) -> None:
 
 
 def connect(path: Path, *, patience_s: float, read_only: bool = False) -> sqlite3.Connection:
-    """A connection in autocommit mode; transactions are begun by hand. Raises sqlite3.Error."""
-    db = sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    """A connection to the prepared file, in autocommit mode; transactions are begun by hand.
+    Raises sqlite3.Error."""
+    db = sqlite3.connect(uri_of(path), uri=True, timeout=0.0, isolation_level=None)
     try:
-        mode = patiently(lambda: db.execute("PRAGMA journal_mode = WAL").fetchone()[0], patience_s)
-        if mode != "wal":
-            raise SettingsError(f"{path}: its file system cannot hold SQLite's write-ahead log; use a local disk")
+        _use_log(db, path, patience_s)
         db.execute("PRAGMA synchronous = FULL")  # a commit that was told is on disk
         db.execute("PRAGMA journal_size_limit = 67108864")
         if read_only:
@@ -189,6 +197,12 @@ def connect(path: Path, *, patience_s: float, read_only: bool = False) -> sqlite
         db.close()
         raise
     return db
+
+
+def _use_log(db: sqlite3.Connection, path: Path, patience_s: float) -> None:
+    mode = patiently(lambda: db.execute("PRAGMA journal_mode = WAL").fetchone()[0], patience_s)
+    if mode != "wal":
+        raise SettingsError(f"{path}: its file system cannot hold SQLite's write-ahead log; use a local disk")
 
 
 def patiently(attempt: Callable[[], T], patience_s: float) -> T:
@@ -224,7 +238,11 @@ def _make_or_check(db: sqlite3.Connection, path: Path) -> None:
                     db.execute(statement)
             db.execute(f"PRAGMA user_version = {VERSION}")
         elif version > VERSION:
-            raise SettingsError(f"{path} has format {version}, this version reads {VERSION}; name another path")
+            raise SettingsError(
+                f"{path} has format {version}, this version reads {VERSION}: "
+                "update codeyard here too, or name another path"
+            )
+        refuse_torn_copy(db, path)
         db.execute("COMMIT")
     finally:
         if db.in_transaction:

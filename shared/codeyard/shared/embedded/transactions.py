@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from codeyard.shared.embedded.clock import FileClock
 from codeyard.shared.embedded.failure import FileUnavailable, NoAnswer, explained
+from codeyard.shared.embedded.identity import Opened
 from codeyard.shared.embedded.schema import connect, patiently
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class TransactionThread:
     def __init__(
         self,
         path: Path,
+        opened: Opened,
         clock: FileClock,
         *,
         begin: str,
@@ -73,6 +75,7 @@ class TransactionThread:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._path = path
+        self._opened = opened
         self._clock = clock
         self._begin = begin
         self._patience_s = patience_s
@@ -103,6 +106,7 @@ class TransactionThread:
             changed = False
             try:
                 if db is None:
+                    self._opened.check()
                     db = connect(self._path, patience_s=self._patience_s, read_only=self._begin == "BEGIN")
                 changed = self._transact(db, group)
             except Exception as error:
@@ -134,6 +138,7 @@ class TransactionThread:
         changed = db.total_changes != changes
         if changed:
             db.execute("UPDATE meta SET clock = ?", (now,))
+        self._opened.check()  # last, so that nothing is confirmed that nobody would find
         db.execute("COMMIT")
         return changed
 
@@ -159,10 +164,15 @@ class TransactionThread:
         db.execute("RELEASE one")
 
     def _fail(self, group: list[Call[Any]], error: Exception) -> None:
-        if not isinstance(error, sqlite3.Error):
-            log.error("embedded_transaction_failed", exc_info=error)
+        match error:
+            case sqlite3.Error():
+                reason = explained(error, self._path)
+            case FileUnavailable():
+                reason = error
+            case _:
+                log.error("embedded_transaction_failed", exc_info=error)
+                reason = FileUnavailable(repr(error))
         for call in group:
-            reason = explained(error, self._path) if isinstance(error, sqlite3.Error) else FileUnavailable(repr(error))
             call.fail(reason)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from codeyard.shared.embedded.clock import FileClock
+from codeyard.shared.embedded.failure import FileUnavailable
+from codeyard.shared.embedded.identity import Opened
 from codeyard.shared.embedded.schema import connect
 
 log = logging.getLogger(__name__)
@@ -26,10 +28,14 @@ class Interest(Protocol):
         """Called in the watcher's thread at every look; wakes whom it concerns. `changed` may be true
         without need, never false while something was committed since the look before."""
 
+    def lost(self) -> None:
+        """Called there when the file is not under its path any more: whoever waits should ask, and be told."""
+
 
 class Watcher:
-    def __init__(self, path: Path, clock: FileClock, *, patience_s: float) -> None:
+    def __init__(self, path: Path, opened: Opened, clock: FileClock, *, patience_s: float) -> None:
         self._path = path
+        self._opened = opened
         self._clock = clock
         self._patience_s = patience_s
         self._interests: tuple[Interest, ...] = ()  # replaced under the condition, read by the thread
@@ -70,6 +76,7 @@ class Watcher:
         while self._sleep(pause_s):
             pause_s = min(LONGEST_S, pause_s * SLOW_DOWN)
             try:
+                self._opened.check()
                 if db is None:
                     db, version = connect(self._path, patience_s=self._patience_s, read_only=True), -1
                 now_version = db.execute("PRAGMA data_version").fetchone()[0]
@@ -77,6 +84,10 @@ class Watcher:
                     pause_s = SHORTEST_S
                 self._look(db, changed=now_version != version)
                 version = now_version
+            except FileUnavailable:
+                pause_s = LONGEST_S
+                for interest in self._interests:
+                    interest.lost()
             except Exception as error:  # waiters read by themselves now and then; here only try again
                 log.warning("embedded_watch_failed", extra={"path": str(self._path), "error": str(error)})
                 pause_s = LONGEST_S

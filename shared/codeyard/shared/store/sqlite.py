@@ -412,3 +412,9 @@ class _Watched:
                     self._told[job_id] = last_seq
                     for wakeup in self._wakeups[job_id]:
                         wakeup.wake()
+
+    def lost(self) -> None:
+        with self._lock:
+            for waiting in self._wakeups.values():
+                for wakeup in waiting:
+                    wakeup.wake()
