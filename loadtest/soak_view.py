@@ -115,7 +115,7 @@ def plot(report: "Report", path: Path) -> None:
     for place, label in zip(axes.flat, labels, strict=True):
         place.set_ylabel(label)
         place.axvspan(0, report.plan.warm_up_s / 60, facecolor=PALETTE[6], alpha=0.3, linewidth=0)
-        place.legend(loc="lower right", frameon=False, fontsize="small")
+        place.legend(loc="best", frameon=False, fontsize="small")
         place.spines[["top", "right"]].set_visible(False)
     for place in axes.flat[1:]:
         place.set_ylim(bottom=0)

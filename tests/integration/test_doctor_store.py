@@ -99,6 +99,7 @@ async def test_eviction_without_a_limit_is_a_warning_and_a_second_lost_with_repl
 async def follower(folder: Path, port: int) -> AsyncIterator[str]:
     async with running_redis(folder, *DURABLE, "--replicaof", "127.0.0.1", str(port)) as replica:
         yield replica.url
+        await replica.kill()  # told to stop while it writes its first file, it takes ten seconds
 
 
 async def until_it_follows(command: object, replica: str) -> None:

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("default"),  # vLLM's and torch's own
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch's, as it is imported
 ]
 
 HELLO = (Message(role="user", content="Reverse a string."),)

@@ -28,6 +28,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(300),  # a start takes 20 s on two idle cores
     pytest.mark.filterwarnings("default"),  # vLLM's and torch's own
+    pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),  # vLLM's, of a start that failed
 ]
 
 

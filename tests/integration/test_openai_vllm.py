@@ -27,7 +27,7 @@ def yard(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     compact = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
     groups: dict[str, dict[str, Any]] = {
         "worker": {"engine": "vllm", "stall_s": 60},
-        "engine": {"engine_args": compact},
+        "engine": {"engine_args": compact, "enforce_eager": True},  # compiling takes longer than all the tests
         "store": {"lease_s": 10, "renew_s": 1},
     }
     with yards(request, tmp_path_factory, **groups) as running:

@@ -13,17 +13,28 @@ from typing import Any
 import pytest
 from support.fleet import Backend, WorkerProcess, worker_task
 
-from codeyard.producer import AsyncClient
+from codeyard.producer import AsyncClient, submission
 from codeyard.producer.async_client import AsyncJob
 from codeyard.shared.alias import Alias, Phase
 from codeyard.shared.record import EventKind, State
 from codeyard.shared.rollout import begin, change, promote, roll_back
 from codeyard.shared.settings import Settings
+from codeyard.worker import rollouts, service, station
 from codeyard.worker.engines.models import starter_directory
 
 WITHIN_S = 60.0
 SIZE = 1_000
 PAUSE_S = 0.02  # between submissions: 50 a second
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are tasks here look at the rollout ten times a second, and forget aliases soon: it has four steps,
+    and what is waited before each shows nothing. Those that are processes look as they always do."""
+    monkeypatch.setattr(rollouts, "PERIOD_S", 0.1)
+    monkeypatch.setattr(service, "TELL_S", 0.1)
+    monkeypatch.setattr(submission, "ALIAS_TTL_S", 0.4)
+    monkeypatch.setattr(station, "QUIET_S", 1.0)  # longer than that, as always
 
 
 def settings_of(backend: Backend, *, held: int | None = None, **worker: Any) -> Settings:
