@@ -358,11 +358,20 @@ def _unavailable(error: BrokerUnavailable | StoreUnavailable, draft: _Draft) -> 
 
 
 async def _within(until_s: float, call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a store call with backoff until it answers or the deadline has passed."""
+    """Repeat a store call with backoff until it answers. After the deadline, what it said last is raised."""
     stop = stop_after_delay(max(0.0, until_s - time.monotonic()))
+    said: list[StoreUnavailable] = []
+
+    async def ask() -> T:
+        try:
+            return await call()
+        except StoreUnavailable as error:
+            said[:] = [error]
+            raise
+
     try:
         async with asyncio.timeout(max(0.05, until_s - time.monotonic())):
-            return await repeat(call, (StoreUnavailable,), wait=WAIT, stop=stop)
+            return await repeat(ask, (StoreUnavailable,), wait=WAIT, stop=stop)
     except TimeoutError:
         pass
-    raise StoreUnavailable("no answer in time")
+    raise said.pop() if said else StoreUnavailable("no answer in time")

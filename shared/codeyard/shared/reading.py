@@ -4,6 +4,7 @@ Wake-ups are hints: every reader reads after it subscribed, again at every wake-
 `REREAD_S` anyway. Called by: clients, gateway.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -20,16 +21,18 @@ from codeyard.shared.store.port import Store
 T = TypeVar("T")
 
 REREAD_S = 2.0
-STORE_AWAY_S = 30.0  # a reader waits this long for a store that does not answer
+STORE_AWAY_S = 30.0  # a stream, which has no end of its own, waits this long for a store that does not answer
+ANSWER_S = 1.0  # for an answer when the time to wait is over
 WAIT = wait_random_exponential(multiplier=0.1, max=2.0)
 
 
 async def wait_final(store: Store, job_id: JobId, timeout_s: float) -> Record:
-    """The record once the job is final. Raises ResultTimeout, JobNotFound, StoreUnavailable."""
+    """The record once the job is final. Raises ResultTimeout, JobNotFound. A store that does not answer is waited for
+    as long as the job itself; StoreUnavailable is raised if it does not answer at the end of that either."""
     until_s = time.monotonic() + timeout_s
     async with store.watch(job_id) as wakeup:
         while True:
-            [record] = await _patiently(lambda: store.read([job_id]))
+            [record] = await _until(until_s, lambda: store.read([job_id]))
             if record is None:
                 raise JobNotFound(job_id)
             if record.state.final:
@@ -62,6 +65,15 @@ async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncGenerat
                 return  # the caller had seen the end already
             if record.last_seq <= after:
                 await wakeup.wait(REREAD_S)
+
+
+async def _until(until_s: float, call: Callable[[], Awaitable[T]]) -> T:
+    left_s = max(0.0, until_s - time.monotonic())
+    try:
+        async with asyncio.timeout(left_s + ANSWER_S):
+            return await repeat(call, (StoreUnavailable,), wait=WAIT, stop=stop_after_delay(left_s))
+    except TimeoutError:
+        raise StoreUnavailable("no answer in time") from None
 
 
 async def _patiently(call: Callable[[], Awaitable[T]]) -> T:

@@ -1,7 +1,8 @@
 """A TCP link that a drill or a test can cut, stall or refuse at a chosen moment.
 
 Promise: bytes pass unchanged and in order until told otherwise. A cut is a reset (RST), as when
-a host dies; a stall is a link that stays open and silent, as when a network drops packets.
+a host dies; a stall is a link that stays open and silent, as when a network drops packets; a half-close is a link
+of which one direction has ended (FIN) and the other has not, as a middlebox leaves them.
 Called by: cli.drill, and tests that put it between a client and a real server. Lives in their event loop, so a
 blocking client under test belongs in `asyncio.to_thread`.
 
@@ -19,8 +20,10 @@ import socket
 import struct
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit, urlunsplit
+
+End = Literal["client", "server", "both"]
 
 _CHUNK_BYTES = 65_536
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST and drops what is unsent
@@ -35,11 +38,15 @@ class TcpProxy:
         self.port = 0  # known once entered
         self.cuts = 0  # links that this proxy has reset on order
         self.links_opened = 0  # links ever forwarded; a client that reconnects makes it grow
+        self.tried_s: list[float] = []  # when each connection was asked for, refused ones too, by the loop's clock
         self._links: set[_Link] = set()
         self._handlers: set[asyncio.Task[None]] = set()
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._refusing = False
+        self._half_closed: End | None = None
+        self._whole = asyncio.Event()
+        self._whole.set()
         self._ambush: _Ambush | None = None
         self._changed = asyncio.Condition()
         self._server: asyncio.Server | None = None
@@ -70,6 +77,7 @@ class TcpProxy:
         assert self._server is not None
         self._server.close()
         self._flowing.set()
+        self._whole.set()
         for link in list(self._links):
             link.reset()
         for handler in list(self._handlers):
@@ -102,9 +110,24 @@ class TcpProxy:
         self._refusing = True
         self.cut()
 
+    def half_close(self, end: End) -> None:
+        """On every live link, and each new one, until `accept`: what this end reads is over (FIN), its own bytes
+        pass as before. That the client hangs up on it is kept from the server, which goes on serving a ghost; that
+        the server hangs up is passed on. "both": both ends read a FIN, and nothing passes any more."""
+        self._half_closed = end
+        self._whole.clear()
+        for link in list(self._links):
+            link.half_close(end)
+
     def accept(self) -> None:
-        """Serve new links again."""
+        """Serve new links again. Those half closed are cut."""
         self._refusing = False
+        self._half_closed = None
+        self._whole.set()
+        for link in list(self._links):
+            if link.half_closed is not None:
+                self.cuts += 1
+                link.reset()
 
     def drop_requests(self, containing: bytes = b"") -> None:
         """Once: swallow the next request (the next that has `containing`) and cut its link.
@@ -137,6 +160,7 @@ class TcpProxy:
         handler = asyncio.current_task()
         assert handler is not None
         self._handlers.add(handler)
+        self.tried_s.append(asyncio.get_running_loop().time())
         try:
             await self._forward_link(reader, writer)
         except (OSError, asyncio.CancelledError):
@@ -152,6 +176,8 @@ class TcpProxy:
         link = _Link(writer, up_writer)
         self._links.add(link)
         self.links_opened += 1
+        if self._half_closed is not None:
+            link.half_close(self._half_closed)
         await self._notify()
         try:
             async with asyncio.TaskGroup() as pumps:
@@ -181,8 +207,11 @@ class TcpProxy:
                     return
                 link.awaiting_reply = True
                 self._ambush = None
-            writer.write(chunk)
-            await writer.drain()
+            if link.half_closed in (None, "client"):
+                writer.write(chunk)
+                await writer.drain()
+        if link.half_closed is not None:
+            await self._whole.wait()
         await _finish(writer)
 
     async def _replies(self, link: "_Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -191,8 +220,11 @@ class TcpProxy:
             if link.awaiting_reply:
                 self._spring(link)
                 return
-            writer.write(chunk)
-            await writer.drain()
+            if link.half_closed in (None, "server"):
+                writer.write(chunk)
+                await writer.drain()
+        if link.half_closed == "both":
+            await self._whole.wait()
         await _finish(writer)
 
     def _spring(self, link: "_Link") -> None:
@@ -219,6 +251,14 @@ class _Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     awaiting_reply: bool = field(default=False)
+    half_closed: End | None = None
+
+    def half_close(self, end: End) -> None:
+        self.half_closed = end
+        for writer, at in ((self.client, "client"), (self.server, "server")):
+            if end in (at, "both"):
+                with contextlib.suppress(OSError, RuntimeError):
+                    writer.write_eof()
 
     def reset(self) -> None:
         """To the client a reset; to the server a plain end after what was already forwarded, since a reset

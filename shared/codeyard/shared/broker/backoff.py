@@ -3,7 +3,7 @@
 import random
 
 FIRST_S = 0.1
-LONGEST_S = 5.0
+LONGEST_S = 3.0  # a restarted broker is found within 5 s, connecting and consuming included
 
 
 def backoff_s(failures: int) -> float:

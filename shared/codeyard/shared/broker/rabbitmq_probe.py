@@ -14,6 +14,7 @@ from aiormq.abc import AbstractConnection as Wire
 from aiormq.exceptions import ChannelClosed
 from pamqp.commands import Basic
 
+from codeyard.shared.broker.rabbitmq_alarm import is_blocked
 from codeyard.shared.broker.rabbitmq_link import Link, describe, translated
 from codeyard.shared.broker.rabbitmq_topology import PERSISTENT, Exchange, Queue
 from codeyard.shared.errors import BrokerUnavailable
@@ -132,7 +133,7 @@ class RabbitProbe:
                         await channel.basic_publish(b"", routing_key=queue, properties=properties, mandatory=True)
         except BrokerUnavailable as error:
             if isinstance(error.__cause__, TimeoutError):
-                return Trial(blocked=await _is_blocked(wire))
+                return Trial(blocked=await is_blocked(wire, within_s=BLOCKED_S))
             raise
         return Trial(confirmed=True)
 
@@ -158,15 +159,6 @@ class RabbitProbe:
                 channel = await self._asking.channel()
                 await channel.queue_delete(name)
                 await channel.close()
-
-
-async def _is_blocked(wire: Wire) -> bool:
-    try:
-        async with asyncio.timeout(BLOCKED_S):
-            await wire.ready()
-    except TimeoutError:
-        return True
-    return False
 
 
 def _text(value: object) -> str:

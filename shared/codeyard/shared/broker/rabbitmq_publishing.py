@@ -1,17 +1,20 @@
 """Groups of messages to RabbitMQ, one outcome each.
 
 Promise: a whole group is on its way before the first confirm is awaited, and no call outlives its
-timeout. Owns the channel it publishes on. Called by: shared.broker.rabbitmq.
+timeout. Owns the channel it publishes on. Nothing is sent while the server has blocked publishers: that waits, within
+the same timeout. Called by: shared.broker.rabbitmq.
 """
 
 import asyncio
 from collections.abc import Sequence
 
 from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError, PublishError
+from aiormq.abc import AbstractConnection as Wire
 from aiormq.channel import Channel
 from pamqp.commands import Basic
 
 from codeyard.shared.broker.port import PublishOutcome
+from codeyard.shared.broker.rabbitmq_alarm import BLOCKED, is_blocked, unblocked
 from codeyard.shared.broker.rabbitmq_link import LIBRARY_ERRORS, Link, cancelled_from_outside
 from codeyard.shared.broker.rabbitmq_topology import CONTENT_TYPE, MESSAGE_TYPE, PERSISTENT, Outgoing, now
 from codeyard.shared.errors import BrokerUnavailable
@@ -24,6 +27,7 @@ class GroupPublisher:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._opening = asyncio.Lock()
+        self._wire: Wire | None = None  # the connection of the channel
         self._channel: Channel | None = None
         self._in_flight: dict[str, asyncio.Future[None]] = {}  # by message id; see _after_its_twin
 
@@ -40,16 +44,26 @@ class GroupPublisher:
                     raise  # nothing was sent
                 return outcomes + [PublishOutcome.UNKNOWN] * (len(group) - start)
             outcomes += await self._publish_window(channel, window, deadline)
+        if outcomes and all(outcome is PublishOutcome.UNKNOWN for outcome in outcomes) and await self._is_blocked():
+            raise BrokerUnavailable(BLOCKED)  # the same to the caller, and says why
         return outcomes
 
     async def _open_channel(self, deadline: float) -> Channel:
         try:
             async with asyncio.timeout_at(deadline), self._opening:
-                if self._channel is None or self._channel.is_closed:
-                    self._channel = await self._link.channel()
-                return self._channel
+                while True:
+                    self._wire = await self._link.connect()
+                    if self._channel is None or self._channel.is_closed:
+                        self._channel = await self._link.channel()
+                    await unblocked(self._wire)
+                    if not self._channel.is_closed:
+                        return self._channel
         except TimeoutError:
-            raise self._link.unreachable() from None
+            pass
+        raise BrokerUnavailable(BLOCKED) if await self._is_blocked() else self._link.unreachable()
+
+    async def _is_blocked(self) -> bool:
+        return self._wire is not None and not self._wire.is_closed and await is_blocked(self._wire)
 
     async def _publish_window(
         self, channel: Channel, window: Sequence[Outgoing], deadline: float
