@@ -10,6 +10,7 @@ from codeyard.shared.blobs.redis import RedisBlobStore
 from codeyard.shared.blobs.sqlite import SqliteBlobStore
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.topology import Topology
+from support.redis_server import client_of
 
 QUOTA_BYTES = 3_000_000
 
@@ -64,8 +65,7 @@ class BlobYard:
                     await redis.delete(key)
 
     def _redis(self) -> Redis:
-        redis: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
-        return redis
+        return client_of(self.url)
 
 
 async def _move_back(redis: Redis, key: str, seconds: float) -> None:

@@ -10,6 +10,7 @@ from codeyard.shared.documents.redis import RedisDocumentStore
 from codeyard.shared.documents.sqlite import SqliteDocumentStore
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.topology import Topology
+from support.redis_server import client_of
 
 
 @dataclass
@@ -67,5 +68,4 @@ class DocumentYard:
                     await redis.delete(key)
 
     def _redis(self) -> Redis:
-        redis: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
-        return redis
+        return client_of(self.url)

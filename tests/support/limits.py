@@ -11,6 +11,7 @@ from codeyard.shared.limits.rules import Allowance, Bucket, Take, Taken
 from codeyard.shared.limits.sqlite import SqliteLimitStore
 from codeyard.shared.settings import StoreSettings
 from codeyard.shared.topology import Topology
+from support.redis_server import client_of
 
 SLOW = Bucket(per_s=1 / 3_600, burst=5)  # fills by nothing that counts during a test
 
@@ -65,8 +66,7 @@ class LimitYard:
                     await redis.delete(key)
 
     def _redis(self) -> Redis:
-        redis: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
-        return redis
+        return client_of(self.url)
 
 
 async def _move_back(redis: Redis, key: str, seconds: float) -> None:

@@ -22,7 +22,7 @@ from support.servers import Guarded, as_run, free_port, path
 SERVICE = "yard"
 NUM_SENTINELS = 3
 DOWN_AFTER_MS = 500
-FAILOVER_TIMEOUT_MS = 6_000
+FAILOVER_TIMEOUT_MS = 2_000  # half of how long a split vote is waited out
 READY_S = 30.0
 STILL_S = 0.3
 OURS = ("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction")
@@ -142,7 +142,7 @@ class RedisGroup:
     async def _knows_all(self, port: int, others: int) -> bool:
         replicas = [_pairs(one) for one in await _ask(port, "SENTINEL", "REPLICAS", SERVICE)]
         master = _pairs(await _ask(port, "SENTINEL", "MASTER", SERVICE))
-        well = [one for one in replicas if one["flags"] == "slave" and one["master-link-status"] == "ok"]
+        well = [one for one in replicas if one["flags"] == "slave"]  # that its link is up they hear 10 s later
         seen = int(master["num-other-sentinels"]) == NUM_SENTINELS - 1
         return seen and master["flags"] == "master" and len(well) == len(replicas) == others
 

@@ -13,6 +13,8 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio import Redis
 
+from codeyard.shared.settings import StoreSettings
+from codeyard.shared.store.redis_connections import connect_cluster
 from support.servers import Guarded, as_run, free_port, path
 from support.servers import RedisServer as SharedServer
 from support.services import missing
@@ -111,6 +113,15 @@ class OwnRedis:
             except exceptions.ConnectionError:
                 return False
             return True
+
+
+def client_of(url: str) -> Redis:
+    """A client to look behind the store's back with; of a cluster, where the URL has several hosts."""
+    if "," not in url:
+        return Redis.from_url(url, protocol=2, decode_responses=True)
+    cluster: Any = connect_cluster(StoreSettings(url=url))  # it has every command that the yards use
+    client: Redis = cluster
+    return client
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from codeyard.shared.store.port import Store, Timing
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.store.sqlite import SqliteStore
 from codeyard.shared.topology import Topology
+from support.redis_server import client_of
 from support.simulation.store import MemoryStore, StoreServer
 from support.simulation.wire import DirectLink
 
@@ -117,8 +118,7 @@ class StoreYard:
                     await redis.delete(key)
 
     def _redis(self) -> Redis:
-        redis: Redis = Redis.from_url(self.url, protocol=2, decode_responses=True)
-        return redis
+        return client_of(self.url)
 
 
 class MemoryStoreYard(StoreYard):

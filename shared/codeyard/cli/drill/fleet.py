@@ -22,6 +22,7 @@ from codeyard.cli.drill.servers import RabbitServer, RedisServer, free_port
 from codeyard.cli.processes import Child
 from codeyard.shared.broker.rabbitmq_nodes import node_urls
 from codeyard.shared.settings import Settings, load
+from codeyard.shared.store.redis_connections import each_host
 
 LEASE_S, RENEW_S, GRACE_S = 2.0, 0.5, 1.0  # of a local fleet: short, so that a drill need not wait long
 ENGINE_SPEED = 0.02  # of the latency table's times: the drill is about the protocol, not about an engine
@@ -128,7 +129,7 @@ class Fleet:
             broker_url, store_url = self.rabbitmq.url, self.redis.url
         if broker_url.startswith("amqp") and store_url.startswith("redis"):
             self.to_broker = await self._stack.enter_async_context(TcpProxy.to(node_urls(broker_url)[0]))
-            self.to_store = await self._stack.enter_async_context(TcpProxy.to(store_url))
+            self.to_store = await self._stack.enter_async_context(TcpProxy.to(each_host(store_url)[0]))
         if not wish.against:
             self.settings = self._own_settings(broker_url, store_url)
             self.workers = [self._worker(n) for n in range(wish.size.workers)]
