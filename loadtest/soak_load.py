@@ -66,6 +66,10 @@ class NotAsItShould(Exception):
     """A job that did not end as it had to."""
 
 
+MET = (NotAsItShould, OSError, EOFError, TimeoutError, RuntimeError, ValueError, LookupError, httpx.HTTPError)
+"""What an answer that is none, or is another than it should be, is met as. Anything else ends the soak."""
+
+
 @dataclass(slots=True)
 class Ledger:
     """sent = ended + len(wrong) when nothing is in flight."""
@@ -128,7 +132,7 @@ class Load:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await _CALLS[kind](self, http, f"{self._seed}-{number}", LANES[number % len(LANES)])
-        except (NotAsItShould, OSError, EOFError, TimeoutError, RuntimeError, ValueError, httpx.HTTPError) as error:
+        except MET as error:
             self.ledger.num_wrong += 1
             self.ledger.wrong.append(f"{kind} {number}: {type(error).__name__} {error}")
         else:
@@ -188,8 +192,10 @@ class Load:
             answer.raise_for_status()
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    for choice in json.loads(line[6:])["choices"]:
-                        said += choice["delta"].get("content") or ""
+                    chunk = json.loads(line[6:])
+                    if "choices" not in chunk:
+                        raise NotAsItShould(f"its stream ends in {chunk}")
+                    said += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
         _check_chat(said, prompt)
 
     async def _cancelled(self, _: httpx.AsyncClient, name: str, lane: Lane) -> None:
