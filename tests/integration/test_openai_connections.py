@@ -12,6 +12,7 @@ import pytest_asyncio
 from support.gateway import MODEL, PATIENCE_S, GatewayUnderTest, Running, gateway_running, settings_for
 
 from codeyard.shared.job import job_id_for_key
+from codeyard.shared.settings import Settings
 
 CHAT = "/v1/chat/completions"
 KEY = {"Idempotency-Key": "mine"}
@@ -31,6 +32,11 @@ async def gateway(request: pytest.FixtureRequest, tmp_path: Path, namespace: str
         )
     async with gateway_running(settings) as running:
         yield running
+
+
+def hasty(settings: Settings) -> Settings:
+    """Of a gateway whose drain is over before any answer is."""
+    return settings.model_copy(update={"gateway": settings.gateway.model_copy(update={"drain_s": 0.05})})
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -108,8 +114,8 @@ async def test_a_reader_that_leaves_in_the_middle_leaves_nothing_behind(gateway:
 async def test_a_gateway_that_stops_ends_its_streams_in_an_error_and_another_has_all_of_it(
     gateway: GatewayUnderTest,
 ) -> None:
-    """A rollout: no reader takes half an answer for the whole."""
-    async with gateway_running(gateway.settings) as other, asyncio.TaskGroup() as tasks:
+    """A rollout whose answers take longer than the drain: no reader takes half an answer for the whole."""
+    async with gateway_running(hasty(gateway.settings)) as other, asyncio.TaskGroup() as tasks:
         worker = tasks.create_task(taken(gateway))
         async with other.http.stream("POST", CHAT, json=body(stream=True), headers=KEY) as answer:
             job = await worker
@@ -130,7 +136,7 @@ async def test_a_gateway_that_stops_ends_its_streams_in_an_error_and_another_has
 
 async def test_a_gateway_that_stops_tells_those_who_wait_to_come_again(gateway: GatewayUnderTest) -> None:
     """The SDK does so by itself, and finds its job under the key."""
-    async with gateway_running(gateway.settings) as other:
+    async with gateway_running(hasty(gateway.settings)) as other:
         asking = asyncio.create_task(ask(other))
         job = await taken(gateway)
         await comes_to(other, "codeyard_waits_open", 1)

@@ -106,7 +106,7 @@ async def main() -> None:
             "digests": {name: job.digest() for name, job in made.items()},
             "records": {n: await redis.hgetall(topology.job_key(job.id, "record")) for n, job in made.items()},
             "streams": {
-                n: [fields["event"] for _, fields in await redis.xrange(topology.job_key(job.id, "events"))]
+                n: [fields["event"] for _, fields in await redis.xrange(topology.job_key(job.id, "events"))]  # type: ignore[index, union-attr]  # texts
                 for n, job in made.items()
             },
             "aliases": await redis.hgetall(topology.key("aliases")),

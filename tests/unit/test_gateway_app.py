@@ -74,6 +74,7 @@ def test_every_error_that_a_caller_can_meet_is_mapped() -> None:
         errors.FleetError,
         errors.SettingsError,
         errors.MalformedMessage,
+        errors.LaterVersion,
         errors.JobRejected,
         errors.JobFailed,
         errors.EngineDead,

@@ -139,6 +139,8 @@ class GatewaySettings(_Group):
     batch_in_flight: PositiveInt = 4_096  # items of one batch that are at the broker or running; keeps a fleet full
     answer_wait_s: PositiveFloat = 600.0  # for a whole answer over OpenAI's API; as long as its SDKs wait
     submit_timeout_s: PositiveFloat = 15.0  # for reserve, publish and confirm together, retries included
+    leave_s: NonNegativeFloat = 0.0  # SIGTERM: serve on for this long while /readyz says no; balancers take as long
+    drain_s: PositiveFloat = 20.0  # then answers that cannot be gone on with at another gateway may finish
     fallbacks: dict[str, str] = Field(default_factory=dict)  # alias -> the one that stands in while its workers fail
 
     @field_validator("fallbacks")

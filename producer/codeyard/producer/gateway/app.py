@@ -70,9 +70,10 @@ def create_app(
     """The app: the native routes and those of `surfaces`. `open_metrics`: /metrics needs no credentials. `probes`
     are asked by /readyz."""
     app = FastAPI(title="codeyard", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Edge, metrics=kit.metrics)
+    leaving = kit.leaving or kit.stopping
+    app.add_middleware(Edge, metrics=kit.metrics, leaving=leaving)
     _answer_errors(app)
-    operations = _Operations(probes, kit.metrics, kit.stopping)
+    operations = _Operations(probes, kit.metrics, leaving)
 
     def for_callers(route: Route, refuse: Callable[[Refused | FleetError], Response]) -> Handler:
         async def answered(request: Request) -> Response:
@@ -185,7 +186,7 @@ class _Native:
             return Response(status_code=204)  # tells an EventSource to stop
         if request.method == "HEAD":
             return Response(media_type=EventStream.media_type)
-        return self._kit.event_stream(native_frames(jobs.stream(job_id, after)))
+        return self._kit.event_stream(native_frames(jobs.stream(job_id, after)), resumable=True)
 
     async def _awaited(self, request: Request, jobs: TenantJobs, status: JobStatus) -> tuple[JobStatus, dict[str, str]]:
         """The status after the wait the caller prefers, if any, and the headers that say so."""
@@ -193,17 +194,18 @@ class _Native:
         if wait_s is None:
             return status, {}
         if not status.state.final:
-            status = await self._kit.final_within(request, jobs, status.id, wait_s) or await jobs.status(status.id)
+            final = await self._kit.final_within(request, jobs, status.id, wait_s, resumable=True)
+            status = final or await jobs.status(status.id)
         return status, {"Preference-Applied": f"wait={requests.seconds(wait_s)}"}
 
 
 class _Operations:
     """What the people and machines that run the gateway ask."""
 
-    def __init__(self, probes: Mapping[str, Probe], metrics: Metrics, stopping: asyncio.Event) -> None:
+    def __init__(self, probes: Mapping[str, Probe], metrics: Metrics, leaving: asyncio.Event) -> None:
         self._probes = probes
         self._metrics = metrics
-        self._stopping = stopping
+        self._leaving = leaving
 
     async def healthz(self, request: Request) -> Response:
         return _json({"status": "ok"})
@@ -212,7 +214,7 @@ class _Operations:
         versions = await asyncio.gather(*(_asked(probe) for probe in self._probes.values()))
         answers: dict[str, Any] = dict(zip(self._probes, versions, strict=True))
         away = [name for name, version in answers.items() if version is None]
-        if away or self._stopping.is_set():
+        if away or self._leaving.is_set():
             detail = f"no answer from the {' and the '.join(away)}" if away else "the gateway is stopping"
             return problem("not-ready", detail, **answers)
         return _json({"status": "ready", **answers})

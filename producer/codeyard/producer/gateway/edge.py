@@ -2,9 +2,11 @@
 
 An exception that no handler knows becomes a 500 problem with an incident number, logged once under the
 same number. A caller that hung up gets nothing, and costs nothing but a count under status 499. Log lines
-say who was calling, where that is known.
+say who was calling, where that is known. While the gateway leaves, each answer is the last of its connection: a
+caller that keeps connections opens the next one elsewhere, and sends nothing into one that is about to be closed.
 """
 
+import asyncio
 import logging
 import time
 
@@ -25,9 +27,10 @@ CALLER = "codeyard.caller"  # in a request's scope, once it is known
 class Edge:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, leaving: asyncio.Event) -> None:
         self._app = app
         self._metrics = metrics
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +43,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if self._leaving.is_set():
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         try:

@@ -1,7 +1,10 @@
 """The gateway process: connect, settle who may call, serve HTTP and gRPC, reconcile, drain.
 
-Told to stop, it takes no more connections, ends event streams and waits so that their callers go on
-elsewhere, and lets requests finish. Called by: the `codeyard gateway` and `codeyard up` commands.
+    told to stop    /readyz says no and connections end with their next answer; all is served for `leave_s`
+    then            no more connections; what its caller goes on with elsewhere ends: native streams and waits
+    after drain_s   what is left ends too, and says so
+
+Called by: the `codeyard gateway` and `codeyard up` commands.
 """
 
 import asyncio
@@ -48,7 +51,7 @@ T = TypeVar("T")
 
 BACKLOG = 2_048  # connections not yet taken
 KEEP_ALIVE_S = 75  # longer than proxies keep idle connections (nginx: 60 s), so that they close first
-DRAIN_MARGIN_S = 2  # on top of the longest submission, for requests under way when told to stop
+DRAIN_MARGIN_S = 2  # on top of the longest submission or answer, for requests under way when told to stop
 
 
 async def run_gateway(
@@ -113,7 +116,17 @@ async def _serve(
     settings = everything.gateway
     broker = cast(Broker, client.publisher)  # a client's own way of opening one gives the whole port
     policy = Policy(everything.webhook)
-    kit = Kit(settings, metrics, stop, client.store, callbacks=policy, shelves=shelves)
+    stopping, closing = asyncio.Event(), asyncio.Event()
+    kit = Kit(
+        settings,
+        metrics,
+        stopping,
+        client.store,
+        callbacks=policy,
+        shelves=shelves,
+        leaving=stop,
+        closing=closing,
+    )
     probes: dict[str, Probe] = {"broker": broker.ping, "store": client.store.ping}
     app = create_app(
         jobs,
@@ -135,7 +148,7 @@ async def _serve(
             log.info("gateway_ready", extra={"url": url})
             on_ready(url)
 
-        server = _Server(app, settings, ready)
+        server = _Server(app, settings, ready, stopping=stopping, closing=closing)
         async with _grpc(jobs, kit, access, probes, listener) as address, asyncio.TaskGroup() as tasks:
             if address is not None:
                 on_grpc(address)
@@ -189,7 +202,15 @@ def _client(settings: Settings, breakers: Breakers) -> AsyncClient:
 class _Server(uvicorn.Server):
     """uvicorn, told by an event when to stop: signals are the command's to handle."""
 
-    def __init__(self, app: object, settings: GatewaySettings, ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: object,
+        settings: GatewaySettings,
+        ready: Callable[[], None],
+        *,
+        stopping: asyncio.Event,
+        closing: asyncio.Event,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]  # FastAPI is an ASGI application; uvicorn's own type is narrower
@@ -199,10 +220,11 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=math.ceil(settings.submit_timeout_s) + DRAIN_MARGIN_S,
+                timeout_graceful_shutdown=math.ceil(max(settings.submit_timeout_s, settings.drain_s)) + DRAIN_MARGIN_S,
             )
         )
-        self._ready = ready
+        self._leave_s, self._drain_s = settings.leave_s, settings.drain_s
+        self._ready, self._stopping, self._closing = ready, stopping, closing
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -210,7 +232,16 @@ class _Server(uvicorn.Server):
 
     async def stop_when(self, stop: asyncio.Event) -> None:
         await stop.wait()
+        await asyncio.sleep(self._leave_s)
         self.should_exit = True
+        self._stopping.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._closing.set)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -49,7 +49,9 @@ class Surface:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What the handlers of all surfaces share. `stopping` ends waits and streams, so that callers go elsewhere."""
+    """What the handlers of all surfaces share. A stop has three steps: `leaving`, callers are sent elsewhere and
+    still served; `stopping` ends waits and streams that go on at another gateway where they were; `closing` ends the
+    others. Where the first or the last is None it is one with `stopping`."""
 
     settings: GatewaySettings
     metrics: Metrics
@@ -58,8 +60,16 @@ class Kit:
     heartbeat_s: float = HEARTBEAT_S
     callbacks: Policy = NO_CALLBACKS
     shelves: Shelves | None = None  # None: no files and no batches
+    leaving: asyncio.Event | None = None
+    closing: asyncio.Event | None = None
 
-    async def final_within(self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float) -> JobStatus | None:
+    def until(self, *, resumable: bool) -> asyncio.Event:
+        """What ends an answer. `resumable`: its caller goes on elsewhere by what it has, as its protocol says."""
+        return self.stopping if resumable else self.closing or self.stopping
+
+    async def final_within(
+        self, request: Request, jobs: TenantJobs, job_id: JobId, wait_s: float, *, resumable: bool
+    ) -> JobStatus | None:
         """The status once the job is final; None if it goes on, or the gateway stops.
         Raises ClientDisconnect if there is nobody left to tell; the job goes on."""
         gone = False
@@ -71,7 +81,8 @@ class Kit:
 
         try:
             with self.metrics.waits_open.track_inprogress():
-                status = await unless(jobs.wait(job_id, wait_s), caller_gone(), self.stopping.wait())
+                ended = self.until(resumable=resumable)
+                status = await unless(jobs.wait(job_id, wait_s), caller_gone(), ended.wait())
         except ResultTimeout:
             return None
         if status is None and gone:
@@ -79,13 +90,18 @@ class Kit:
         return status
 
     def event_stream(
-        self, frames: AsyncGenerator[str, None], *, beat: str | None = None, farewell: str | None = None
+        self,
+        frames: AsyncGenerator[str, None],
+        *,
+        resumable: bool,
+        beat: str | None = None,
+        farewell: str | None = None,
     ) -> EventStream:
         """`frames` as server-sent events; `beat` is the frame that keeps a silent connection open, `farewell`
         the last one of a stream that the gateway ends because it stops."""
         return EventStream(
             frames,
-            stopping=self.stopping,
+            stopping=self.until(resumable=resumable),
             streams_open=self.metrics.streams_open,
             heartbeat_s=self.heartbeat_s,
             beat=beat,

@@ -112,7 +112,9 @@ class _Handlers:
             await events.aclose()
             return refuse_ended(status)
         frames = told(teller, events, accepted, final)
-        answer = self._kit.event_stream(frames, beat=PING, farewell=farewell(request_id_of(accepted.id)))
+        answer = self._kit.event_stream(
+            frames, resumable=False, beat=PING, farewell=farewell(request_id_of(accepted.id))
+        )
         answer.headers.update(_headers(submitted))
         return answer
 
@@ -127,7 +129,8 @@ class _Handlers:
 
         try:
             async with asyncio.timeout(FIRST_S):
-                first = await unless(events.first(), caller_gone(), self._kit.stopping.wait())
+                ended = self._kit.until(resumable=False)
+                first = await unless(events.first(), caller_gone(), ended.wait())
         except TimeoutError:
             return False
         if gone:
@@ -141,9 +144,9 @@ class _Handlers:
         accepted, wait_s = submitted.job.accepted_status, self._kit.settings.answer_wait_s
         status: JobStatus | None = accepted
         if not accepted.state.final:
-            status = await self._kit.final_within(request, jobs, accepted.id, wait_s)
+            status = await self._kit.final_within(request, jobs, accepted.id, wait_s, resumable=False)
         if status is None:
-            stopping = self._kit.stopping.is_set()
+            stopping = self._kit.until(resumable=False).is_set()
             reason = "the gateway is stopping" if stopping else f"there is no answer after {wait_s:g} s"
             return refuse_waiting(accepted.id, reason, keyed=keyed)
         return status if status.state is State.SUCCEEDED else refuse_ended(status)

@@ -102,7 +102,8 @@ async def finals(kit: Kit, request: Request, jobs: TenantJobs, call: Call) -> li
     for status in call.statuses:
         final: JobStatus | None = status
         if not status.state.final:
-            final = await kit.final_within(request, jobs, status.id, max(0.0, until_s - time.monotonic()))
+            left_s = max(0.0, until_s - time.monotonic())
+            final = await kit.final_within(request, jobs, status.id, left_s, resumable=False)
         if final is None:
             return _not_yet(kit, call, status)
         if (error := call.error_of(final)) is not None:
@@ -122,7 +123,7 @@ async def early_error(kit: Kit, request: Request, jobs: TenantJobs, call: Call, 
 
     try:
         async with asyncio.timeout(FIRST_S):
-            first = await unless(events.first(), caller_gone(), kit.stopping.wait())
+            first = await unless(events.first(), caller_gone(), kit.until(resumable=False).wait())
     except TimeoutError:
         return None
     if gone:
@@ -141,7 +142,7 @@ def _not_yet(kit: Kit, call: Call, status: JobStatus) -> ApiError:
     keyed = call.key is not None
     how = f"{AGAIN}, or read it at" if keyed else "read it at"
     where = f"job {status.id} goes on: {how} /v1/jobs/{status.id}"
-    if kit.stopping.is_set():
+    if kit.until(resumable=False).is_set():
         return ApiError(503, f"the gateway is stopping; {where}", SERVER, "gateway_stopping", retry=keyed)
     waited = f"there is no answer after {kit.settings.answer_wait_s:g} s; {where}"
     return ApiError(504, waited, SERVER, "answer_timeout", retry=keyed)

@@ -81,7 +81,7 @@ class Responses:
     async def cancel(self, request: Request, jobs: TenantJobs) -> Response:
         job_id = _job_id(request.path_params["response_id"])
         if await jobs.cancel(job_id) is CancelVerdict.REQUESTED:
-            await self._kit.final_within(request, jobs, job_id, CANCEL_S)
+            await self._kit.final_within(request, jobs, job_id, CANCEL_S, resumable=False)
         return as_json(response_of(await self._record(jobs, job_id)), {"x-request-id": job_id})
 
     async def _streamed(self, request: Request, jobs: TenantJobs, call: Call) -> Response:
@@ -106,7 +106,7 @@ class Responses:
         async def final() -> Record:
             return await self._own(record.id)
 
-        return self._kit.event_stream(told(record, events, final, starting_after=starting_after))
+        return self._kit.event_stream(told(record, events, final, starting_after=starting_after), resumable=False)
 
     async def _record(self, jobs: TenantJobs, job_id: JobId) -> Record:
         """With its prompt, wherever that lies. Raises JobNotFound, also of another tenant's."""

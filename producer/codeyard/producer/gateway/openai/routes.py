@@ -63,7 +63,7 @@ class Completions:
             await events.aclose()
             return error.response(call.headers)
         frames = told(call.asked, call.statuses, events, jobs.status)
-        answer = self._kit.event_stream(frames, farewell=frame(STOPPING.body()))
+        answer = self._kit.event_stream(frames, resumable=False, farewell=frame(STOPPING.body()))
         answer.headers.update(call.headers)
         return answer
 
