@@ -54,7 +54,6 @@ LENGTH_S = 4 * 3_600.0
 ZIPF = 1.1
 HABIT = 0.6  # of bursts that come after a certain other model's
 LOOK_S = 0.5
-BEGAN_AT = 3  # jobs at once: a burst has begun; one or two are the trickle
 POLICIES = ("lru", "lru + sleep", "placed", "codeyard")
 REAL_POLICIES = ("lru", "codeyard")
 REAL_FASTER, REAL_LENGTH_S, REAL_LOAD_S, REAL_TOKENS = 6.0, 1_800.0, 5.0, 100
@@ -95,7 +94,8 @@ class Served:
     opening: bool = False
     closing: bool = False
     since_s: float = 0.0
-    used_s: float = 0.0
+    used_s: float = 0.0  # when a job of it last began
+    busy_s: float = 0.0  # when it last had work
 
     @property
     def serving(self) -> bool:
@@ -178,8 +178,6 @@ class Worker:
             await asyncio.sleep(self._zero_s + at_s - self._loop.time())
             model = self._models[name]
             model.waiting.append(self._zero_s + at_s)
-            if len(model.waiting) + model.running == BEGAN_AT:
-                self._habits.began(name)
             self._admit(model)
             if model.lease is None:
                 self._changed.set()
@@ -240,6 +238,10 @@ class Worker:
 
     def _place(self) -> None:
         now_s = self._loop.time()
+        for model in self._models.values():
+            if model.waiting or model.running:
+                model.busy_s = now_s
+                self._habits.has_work(model.name, now_s)
         decision = place(
             {name: self._state(model, now_s) for name, model in self._models.items()},
             AdmissionSettings().shares,
@@ -271,11 +273,11 @@ class Worker:
             oldest_s={Lane.STANDARD: waited_s},
             num_bytes=self._machine.size,
             ready_s={Tier.AWAKE: 0.0, Tier.ASLEEP: WAKE_S, Tier.DISK: self._machine.load_s}[tier],
-            load_s=WAKE_S,
+            load_s=WAKE_S if self._machine.sleeps else self._machine.load_s,
             serving=model.serving,
-            served_s=now_s - model.since_s,
+            served_s=0.0 if model.lease is None else now_s - model.since_s,
             running={Lane.STANDARD: model.running},
-            idle_s=now_s - model.used_s,
+            idle_s=now_s - model.busy_s,
         )
 
     def _value(self, name: str, **labels: str) -> float:

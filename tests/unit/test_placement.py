@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from codeyard.shared.job import Lane
 from codeyard.worker.cache.forecast import Transitions
-from codeyard.worker.scheduling.placement import STARVATION_S, ModelState, Placement, place, worth
+from codeyard.worker.scheduling.placement import (
+    LINGER_S,
+    PAUSE_S,
+    STARVATION_S,
+    ModelState,
+    Placement,
+    place,
+    worth,
+)
 
 SHARES = {Lane.INTERACTIVE: 8.0, Lane.STANDARD: 3.0, Lane.BULK: 1.0}
 
@@ -16,7 +24,7 @@ def model(
     lane: Lane = Lane.STANDARD, depth: int = 0, oldest_s: float = 0.0, *, ready_s: float = 10.0, size: int = 1
 ) -> ModelState:
     """One that waits on disk."""
-    return ModelState({lane: depth}, {lane: oldest_s}, size, ready_s, 10.0)
+    return ModelState({lane: depth}, {lane: oldest_s}, size, ready_s, 10.0, idle_s=30.0)
 
 
 def served(state: ModelState, served_s: float = 100.0, running: int = 0) -> ModelState:
@@ -69,6 +77,44 @@ def test_a_model_without_work_goes_at_once() -> None:
     assert decide(budget=2, a=idle, b=older, c=job) == Placement(open=("c",), close=("b",))
 
 
+def test_a_model_between_two_jobs_of_a_burst_is_not_put_away() -> None:
+    """It would be fetched again in the same burst. A job of another waits for as long as such a pause, no longer."""
+    pausing = replace(served(model()), idle_s=PAUSE_S - 1)
+
+    assert decide(a=pausing, b=model(depth=1, oldest_s=PAUSE_S - 1)) == Placement()
+    assert decide(a=pausing, b=model(depth=1, oldest_s=PAUSE_S)).close == ("a",)
+    assert decide(a=replace(pausing, idle_s=PAUSE_S), b=model(depth=1, oldest_s=0.5)).close == ("a",)
+
+
+def test_of_two_idle_models_the_likelier_one_is_kept() -> None:
+    """Whichever was used last: what comes next is what counts."""
+    idle, older, job = served(model()), replace(served(model()), idle_s=99.0), model(depth=1, oldest_s=1.0)
+
+    assert decide(budget=2, a=idle, b=older, c=job, forecast={"a": 0.2, "b": 0.6}).close == ("a",)
+    assert decide(budget=2, a=idle, b=older, c=job, forecast={"a": 0.6, "b": 0.2}).close == ("b",)
+
+
+def test_a_likely_model_is_kept_while_a_busy_one_ends() -> None:
+    """A minute at most, and no interactive job waits for that: what is put away is fetched again, but later."""
+    idle, busy = served(model()), served(model(), running=3)
+
+    def asked(lane: Lane, oldest_s: float, likely: float = 0.6) -> tuple[str, ...]:
+        return decide(budget=2, a=idle, b=busy, c=model(lane, 2, oldest_s), forecast={"a": likely, "b": 0.1}).close
+
+    assert asked(Lane.STANDARD, 50.0) == asked(Lane.BULK, 50.0) == ()
+    assert asked(Lane.STANDARD, LINGER_S[Lane.STANDARD]) == ("a",)
+    assert asked(Lane.INTERACTIVE, 0.5) == ("a",)
+    assert asked(Lane.STANDARD, 1.0, likely=0.3) == ("a",)
+    assert decide(budget=2, a=idle, b=idle, c=model(depth=1, oldest_s=1.0), forecast={"a": 0.6}).close == ("b",)
+
+
+def test_a_line_that_opens_is_left_to_open() -> None:
+    """Cancelling a load for another, and that one for the first, would serve nobody."""
+    opening = replace(served(model(depth=1, oldest_s=1.0), served_s=0.0), ready_s=30.0)
+
+    assert decide(a=opening, b=model(Lane.INTERACTIVE, 99, STARVATION_S)) == Placement()
+
+
 def test_a_large_model_takes_the_place_of_as_many_as_it_needs() -> None:
     """And is not begun where no closing makes room for it."""
     idle, large = served(model()), model(depth=1, oldest_s=20.0, size=2)
@@ -90,9 +136,11 @@ def test_what_comes_next_is_made_ready_while_nothing_waits() -> None:
     """Into spare memory, or over an idle model that is clearly less likely; never over a busy one."""
     idle, busy, cold = served(model()), served(model(), running=1), model()
 
-    assert decide(budget=2, forecast={"b": 0.5}, a=busy, b=cold) == Placement(preload="b")
-    assert decide(budget=1, forecast={"b": 0.5, "a": 0.2}, a=idle, b=cold) == Placement(preload="b", over=("a",))
-    assert decide(budget=1, forecast={"b": 0.5, "a": 0.4}, a=idle, b=cold) == Placement()
+    assert decide(budget=2, forecast={"b": 0.7}, a=busy, b=cold) == Placement(preload="b")
+    assert decide(budget=2, forecast={"b": 0.6}, a=busy, b=cold) == Placement()
+    assert decide(budget=1, forecast={"b": 0.7, "a": 0.3}, a=idle, b=cold) == Placement(preload="b", over=("a",))
+    assert decide(budget=1, forecast={"b": 0.7, "a": 0.5}, a=idle, b=cold) == Placement()
+    assert decide(budget=2, forecast={"b": 0.9}, a=busy, b=replace(cold, ready_s=2.0)) == Placement()
     assert decide(budget=1, forecast={"b": 0.9}, a=busy, b=cold) == Placement()
     assert decide(budget=2, forecast={}, a=busy, b=cold) == Placement()
     assert decide(budget=1, forecast={"b": 0.9}, a=idle, b=cold, c=model(depth=1, oldest_s=1.0)).open == ("c",)
@@ -128,6 +176,7 @@ def test_a_decision_never_asks_for_more_memory_than_there_is(
     after = before - set(decision.close) | set(decision.open)
     if decision.open:
         assert sum(models[name].num_bytes for name in after) <= budget
+        assert decision.preload is None
     else:
         assert not decision.close
     for name in decision.close:
@@ -159,6 +208,21 @@ def test_the_forecast_learns_what_follows_what() -> None:
     for name in "cacacacacacaca":
         habits.began(name)
     assert max(habits.forecast("bc").items(), key=lambda item: item[1])[0] == "c"
+
+
+def test_work_begins_once_however_often_a_queue_fills_and_empties() -> None:
+    """Two models that work at the same time follow each other once, not at every look."""
+    looked, told = Transitions(pause_s=5.0), Transitions()
+    for second in range(40):
+        if second % 2:
+            looked.has_work("a", float(second))
+        if second >= 20:
+            looked.has_work("b", float(second))
+    looked.has_work("a", 60.0)
+    for name in "aba":
+        told.began(name)
+
+    assert looked.forecast("abc") == told.forecast("abc")
 
 
 @given(st.lists(st.sampled_from("abcd"), max_size=3_000))

@@ -43,7 +43,7 @@ class _Post:
     """A line that is open, or on its way."""
 
     served: Served
-    since_s: float
+    since_s: float  # when its line opened, or else began to
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     line: Line | None = None  # None: its model is loading
 
@@ -200,7 +200,6 @@ class Station:
         depths = iter(await persist(lambda: self._plant.broker.depth(names)))
         now_s = time.monotonic()
         for revision, one in watched:
-            was_idle = not any(one.backlog.values())
             one.by_shard = {lane: tuple(islice(depths, len(queues))) for lane, queues in one.queues.items()}
             one.backlog.update((lane, sum(shards)) for lane, shards in one.by_shard.items())
             for lane, depth in one.backlog.items():
@@ -208,10 +207,14 @@ class Station:
                     one.waiting_since_s.pop(lane, None)
                 else:
                     one.waiting_since_s.setdefault(lane, now_s)
-            if any(one.backlog.values()):
+            if any(one.backlog.values()) or self._num_jobs(revision):
                 one.busy_s = now_s
-                if was_idle:
-                    self._transitions.began(revision)
+                self._transitions.has_work(revision, now_s)
+
+    def _num_jobs(self, revision: str) -> int:
+        """In hand."""
+        post = self._posts.get(revision)
+        return post.line.num_jobs if post is not None and post.line is not None else 0
 
     def _decide(self) -> Placement:
         now_s = time.monotonic()
@@ -266,7 +269,7 @@ class Station:
             ready_s=ready_s,
             load_s=min(one.ready_s.values(), default=from_disk_s),
             serving=post is not None,
-            served_s=now_s - post.since_s if post is not None else 0.0,
+            served_s=now_s - post.since_s if post is not None and post.line is not None else 0.0,
             running=running,
             idle_s=now_s - one.busy_s,
         )

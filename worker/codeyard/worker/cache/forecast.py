@@ -10,20 +10,31 @@ the counts after `a`, smoothed by one observation of how frequent b is anywhere 
 Chen and Goodman 1999, section 2.1, with a unigram prior). Pure. Called by: worker.station.
 """
 
+import math
 from collections.abc import Iterable
 
 HALF_LIFE = 64.0  # observations until one counts half
+PAUSE_S = 5.0  # jobs of one burst come closer together than this, mostly
 
 
 class Transitions:
     """Observe which model's work begins; ask what comes next."""
 
-    def __init__(self, *, half_life: float = HALF_LIFE) -> None:
+    def __init__(self, *, half_life: float = HALF_LIFE, pause_s: float = PAUSE_S) -> None:
+        self._pause_s = pause_s
+        self._had_work_s: dict[str, float] = {}
         self._growth = 2.0 ** (1.0 / half_life)
         self._weight = 1.0  # of the next observation: growing instead of shrinking all others
         self._after: dict[str, dict[str, float]] = {}
         self._anywhere: dict[str, float] = {}
         self._last: str | None = None
+
+    def has_work(self, model: str, now_s: float) -> None:
+        """It has jobs now, waiting or running: its work has begun if it had none for a while. Call it as often
+        as you look; a model that has work all the time began once, however its queue fills and empties."""
+        if now_s - self._had_work_s.get(model, -math.inf) > self._pause_s:
+            self.began(model)
+        self._had_work_s[model] = now_s
 
     def began(self, model: str) -> None:
         """Work for this model has begun to come, after work for another or after none."""

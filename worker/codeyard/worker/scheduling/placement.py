@@ -5,19 +5,23 @@ The worth of serving model m is the time its jobs have waited, weighted by their
     worth(m) = sum over lanes of  share * depth * age of the oldest job
 
 and getting it ready costs `ready_s` in which its memory serves nobody: 0 awake, about 2 s asleep, 30 s and
-more from disk. A model that waits is opened at once where there is room, and else in place of served ones:
+more from disk; and what it displaces is fetched again if it has work coming. A model that waits is opened at
+once where there is room, and else in place of others:
 
-- those that have nothing to do, the least recently busy first;
-- those worth less by a factor, if the one that waits has waited for as long as it takes to get ready, and
-  they have served for as long as it took to get *them* ready. So at most half of the time goes into
-  getting ready, and two models with even queues do not take turns at every look. To the worth of what is
-  served belong its running jobs: as many would wait while it is away, which is for as long as both take
-  to get ready;
+- those that have had nothing to do for a while, the least likely to come next first (forecast.py): a burst
+  has gaps, and a model put away in one is fetched again in the same burst;
+- but one that is clearly likelier to come next than one that is busy now is kept while the busy one ends, for
+  as long as the jobs that wait can bear (`LINGER_S`; an interactive job not at all);
+- if all are busy, those worth less by a factor, if the one that waits has waited for as long as it takes to get
+  ready, and they have served for as long as it took to get *them* ready. To the worth of what is served belong
+  its running jobs: as many would wait while it is away, which may be for `starvation_s`. So two models with
+  even queues do not take turns at every look;
 - whatever has served that long, once the one that waits has waited for `starvation_s`: a flood for one
   model keeps no job of another waiting for more than that, plus the longest service of those before it.
 
-With room left and nothing that waits, what comes next is made ready ahead (forecast.py says what): into
-spare memory, or over idle models that are forecast less.
+A line that opens is left to open. With nothing that waits, what comes next is made ready ahead if it is likely
+and takes long: into spare memory, or over idle models that are forecast less. A guess that is wrong costs a
+load, so one of a model that is ready in two seconds anyway is not worth it.
 
 Pure: plain values in, a decision out. Called by: worker.station, loadtest/bench_models.py.
 """
@@ -29,7 +33,11 @@ from codeyard.shared.job import Lane
 
 HYSTERESIS = 1.5  # times the worth of what is served
 STARVATION_S = 120.0
-LIKELY = 0.5  # a model less likely than this to be next is not made ready ahead
+PAUSE_S = 4.0  # jobs of one burst come closer together than this, mostly
+LINGER_S = {Lane.INTERACTIVE: 0.0, Lane.STANDARD: 60.0, Lane.BULK: 60.0}  # for a busy model to end
+LIKELIER = 0.3  # by this much the idle model must be, for a job of another to wait
+LIKELY = 0.7  # a model less likely than this to be next is not made ready ahead
+AHEAD_S = 5.0  # nor one that is ready sooner than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +50,18 @@ class ModelState:
     ready_s: float  # to get it ready from where it is now; 0 if it is awake
     load_s: float  # what it took, or would take, to get it ready: what it must serve for in turn
     serving: bool = False  # a line is open for it, or opening
-    served_s: float = 0.0  # for how long
+    served_s: float = 0.0  # for how long; 0 while it opens
     running: Mapping[Lane, int] = field(default_factory=dict)  # jobs in the engine; they finish before it can go
     idle_s: float = 0.0  # since it last had work
+
+    @property
+    def awake(self) -> bool:
+        """Holds device memory, or is about to."""
+        return self.serving or not self.ready_s
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or any(self.running.values()))
 
     @property
     def waiting(self) -> int:
@@ -80,18 +97,21 @@ def place(
         budget_bytes: of device memory; None: everything fits.
         forecast: how likely each model's jobs come next, 0..1; absent: not at all.
     """
-    room = _Room(models, budget_bytes, (name for name, state in models.items() if state.serving))
+    forecast = forecast or {}
+    room = _Room(models, budget_bytes, (name for name, state in models.items() if state.awake))
     opened, closed = [], []
     for name in _by_need(models, shares, starvation_s):
-        victims = _victims(name, models, shares, room, starvation_s)
+        victims = _victims(name, models, shares, room, starvation_s, forecast)
         if victims is not None:
             room.taken.difference_update(victims)
             room.taken.add(name)
-            closed += victims
+            closed += [victim for victim in victims if models[victim].serving]
             opened.append(name)
     if opened:
         return Placement(tuple(opened), tuple(closed))
-    return _ahead(models, budget_bytes, forecast or {})
+    if any(state.waiting and not state.serving for state in models.values()):
+        return Placement()
+    return _ahead(models, budget_bytes, forecast)
 
 
 def worth(state: ModelState, shares: Mapping[Lane, float]) -> float:
@@ -124,52 +144,81 @@ def _by_need(models: Mapping[str, ModelState], shares: Mapping[Lane, float], sta
 
 
 def _victims(
-    name: str, models: Mapping[str, ModelState], shares: Mapping[Lane, float], room: _Room, starvation_s: float
+    name: str,
+    models: Mapping[str, ModelState],
+    shares: Mapping[Lane, float],
+    room: _Room,
+    starvation_s: float,
+    forecast: Mapping[str, float],
 ) -> list[str] | None:
-    """The fewest lines to close so that it fits, the least worth first; None if it must wait."""
+    """The fewest to put away so that it fits, the least missed first; None if it must wait."""
+    idle = [one for one in room.taken if one != name and not models[one].busy]
+    idle.sort(key=lambda one: (forecast.get(one, 0.0), -models[one].idle_s, one))
+    victims = _fewest(name, idle, room)
+    if victims is not None:
+        busy = [one for one in room.taken if models[one].busy]
+        return None if _lingers(models[name], victims, busy, models, forecast) else victims
+    busy = [one for one in room.taken if _may_go(one, name, models, shares, starvation_s)]
+    busy.sort(key=lambda one: (worth(models[one], shares), one))
+    return _fewest(name, idle + busy, room)
+
+
+def _fewest(name: str, candidates: Iterable[str], room: _Room) -> list[str] | None:
+    """So many of these, from the first, that it fits; None if all are not enough."""
     chosen: list[str] = []
-    candidates = [one for one in room.taken if models[one].serving and _may_go(one, name, models, shares, starvation_s)]
-    candidates.sort(key=lambda one: (_busy(models[one]), worth(models[one], shares), -models[one].idle_s, one))
-    for victim in candidates:
+    for one in candidates:
         if room.fits(name, without=chosen):
             break
-        chosen.append(victim)
+        chosen.append(one)
     return chosen if room.fits(name, without=chosen) else None
+
+
+def _lingers(
+    there: ModelState,
+    victims: Iterable[str],
+    busy: Iterable[str],
+    models: Mapping[str, ModelState],
+    forecast: Mapping[str, float],
+) -> bool:
+    """Whether the one that waits waits on, since these idle ones have work coming, as far as one can tell."""
+    for one in victims:
+        if models[one].idle_s < PAUSE_S and there.waited_s < PAUSE_S:
+            return True  # between two jobs of one burst
+        likelier = any(forecast.get(one, 0.0) >= LIKELIER + forecast.get(other, 0.0) for other in busy)
+        if likelier and all(there.oldest_s.get(lane, 0.0) < LINGER_S[lane] for lane, n in there.depth.items() if n):
+            return True
+    return False
 
 
 def _may_go(
     served: str, waiting: str, models: Mapping[str, ModelState], shares: Mapping[Lane, float], starvation_s: float
 ) -> bool:
+    """Whether a busy one may."""
     here, there = models[served], models[waiting]
-    if not _busy(here):
-        return True
-    if here.served_s < here.load_s:
+    if not (here.serving and here.busy) or here.served_s < here.load_s:
         return False
     if there.waited_s >= starvation_s:
         return True
     if there.waited_s < there.ready_s:
         return False
-    away_s = there.ready_s + here.load_s
+    away_s = there.ready_s + starvation_s + here.load_s
     missed = sum(shares.get(lane, 1.0) * jobs * away_s for lane, jobs in here.running.items())
     return worth(there, shares) > HYSTERESIS * (worth(here, shares) + missed)
 
 
-def _busy(state: ModelState) -> bool:
-    return bool(state.waiting or any(state.running.values()))
-
-
 def _ahead(models: Mapping[str, ModelState], budget_bytes: int | None, forecast: Mapping[str, float]) -> Placement:
     """Get the likeliest model ready, if there is room beside what is busy and what is about as likely."""
-    ready = [name for name, state in models.items() if state.serving or not state.ready_s]
-    wanted = [name for name in models if name not in ready and forecast.get(name, 0.0) >= LIKELY]
+    awake = [name for name, state in models.items() if state.awake]
+    wanted = [
+        name
+        for name, state in models.items()
+        if name not in awake and forecast.get(name, 0.0) >= LIKELY and state.ready_s >= AHEAD_S
+    ]
     for name in sorted(wanted, key=lambda one: (-forecast[one], one)):
-        room = _Room(models, budget_bytes, ready)
-        idle = [one for one in ready if not _busy(models[one]) and HYSTERESIS * forecast.get(one, 0.0) < forecast[name]]
-        over: list[str] = []
-        for one in sorted(idle, key=lambda one: (forecast.get(one, 0.0), one)):
-            if room.fits(name, without=over):
-                break
-            over.append(one)
-        if room.fits(name, without=over):
+        idle = [one for one in awake if not models[one].busy and models[one].idle_s >= PAUSE_S]
+        less = [one for one in idle if HYSTERESIS * forecast.get(one, 0.0) < forecast[name]]
+        less.sort(key=lambda one: (forecast.get(one, 0.0), one))
+        over = _fewest(name, less, _Room(models, budget_bytes, awake))
+        if over is not None:
             return Placement(preload=name, over=tuple(over))
     return Placement()
