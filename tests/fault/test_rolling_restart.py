@@ -69,7 +69,7 @@ async def test_everything_is_restarted_under_load_without_an_error_at_any_client
             "RabbitMQ": lambda: replaced(private_rabbitmq),
             "Redis": lambda: replaced(private_redis),
         }
-        async with crowd.busy(USERS, each=2):
+        async with crowd.busy(USERS, each=2):  # `pytest -s` shows what it was like
             await crowd.goes_on("before")
             ends = []
             for _ in range(2):
@@ -78,6 +78,8 @@ async def test_everything_is_restarted_under_load_without_an_error_at_any_client
                     ends.append(await restart())
                     await crowd.goes_on(f"after {name}")
         found = await audited(settings, crowd)
+        print("\nlongest answer (s) by phase:", {name: round(s, 1) for name, s in crowd.longest_s.items()})
+        print("answers:", dict(crowd.done))
 
     assert crowd.errors == []
     assert set(ends) == {0}

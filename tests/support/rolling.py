@@ -23,7 +23,10 @@ import openai
 
 from codeyard.producer import AsyncClient
 from codeyard.producer.rpc.client import RpcClient
+from codeyard.shared.access.keys import Scope, make_key
+from codeyard.shared.connect import open_keys
 from codeyard.shared.settings import Settings
+from codeyard.shared.topology import Topology
 from codeyard.worker.engines.simulated import simulated_completion
 from support.fleet import READY_S
 from support.servers import free_port
@@ -149,12 +152,14 @@ class Yard:
     workers: list[Part]
     url: str
     grpc: str
+    key: str  # of the API, kept in the store as keys are
     settings: Settings
 
 
 @contextlib.asynccontextmanager
 async def yard(settings: Settings, folder: Path, *, num_gateways: int, num_workers: int) -> AsyncIterator[Yard]:
     """A fleet, serving; killed at the end."""
+    settings = settings.model_copy(update={"auth": settings.auth.model_copy(update={"mode": "on"})})
     config = folder / "yard.yaml"
     config.write_text(settings.model_dump_json())  # JSON is YAML
     common = ("--config", str(config), "--log-format", "json")
@@ -172,10 +177,25 @@ async def yard(settings: Settings, folder: Path, *, num_gateways: int, num_worke
         await asyncio.gather(*(part.start() for part in (*gateways, *workers)))
         async with Balancer(http, http).balancing() as front, Balancer(grpc, http).balancing() as rpc_front:
             yield Yard(
-                gateways, workers, f"http://127.0.0.1:{front.port}", f"ipv4:127.0.0.1:{rpc_front.port}", settings
+                gateways,
+                workers,
+                url=f"http://127.0.0.1:{front.port}",
+                grpc=f"ipv4:127.0.0.1:{rpc_front.port}",
+                key=await _a_key(settings),
+                settings=settings,
             )
     finally:
         await asyncio.gather(*(part.stop(signal.SIGKILL) for part in (*gateways, *workers) if part.process is not None))
+
+
+async def _a_key(settings: Settings) -> str:
+    made = make_key("crowd", tenant="default", scopes=[Scope.SUBMIT, Scope.READ], now=time.time())
+    keys = await open_keys(settings.store, Topology(settings.namespace))
+    try:
+        await keys.put([made.key])
+    finally:
+        await keys.close()
+    return made.text
 
 
 @dataclass
@@ -238,7 +258,7 @@ User = Callable[[Crowd, contextlib.AsyncExitStack], Awaitable[Ask]]
 
 async def http_waiting(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
     """Native routes: submit and wait; a wait that ends early is asked again, as its documentation says."""
-    http = await stack.enter_async_context(httpx.AsyncClient(base_url=crowd.yard.url, timeout=60, trust_env=False))
+    http = await stack.enter_async_context(_http(crowd))
 
     async def ask(prompt: str) -> str:
         answer = await http.post("/v1/jobs", json=_job(prompt), headers=WAIT)
@@ -253,7 +273,7 @@ async def http_waiting(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
 async def http_streaming(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
     """Native event stream, read as an EventSource reads it: one that ends before `end` is gone on with from the
     last id."""
-    http = await stack.enter_async_context(httpx.AsyncClient(base_url=crowd.yard.url, timeout=60, trust_env=False))
+    http = await stack.enter_async_context(_http(crowd))
 
     async def ask(prompt: str) -> str:
         job_id = _good(await http.post("/v1/jobs", json={**_job(prompt), "stream": True}))["id"]
@@ -278,7 +298,7 @@ async def http_streaming(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
 
 async def openai_whole(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
     """The SDK as it comes: it tries lost connections and 503s twice more, and knows no keys."""
-    sdk = await stack.enter_async_context(openai.AsyncOpenAI(base_url=f"{crowd.yard.url}/v1", api_key="unused"))
+    sdk = await stack.enter_async_context(openai.AsyncOpenAI(base_url=f"{crowd.yard.url}/v1", api_key=crowd.yard.key))
 
     async def ask(prompt: str) -> str:
         answer = await sdk.completions.create(model=MODEL, prompt=prompt, max_tokens=MAX_TOKENS)
@@ -289,7 +309,7 @@ async def openai_whole(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
 
 async def openai_streaming(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
     """A stream of completions cannot be resumed: the SDK shows whatever ends it early as an error."""
-    sdk = await stack.enter_async_context(openai.AsyncOpenAI(base_url=f"{crowd.yard.url}/v1", api_key="unused"))
+    sdk = await stack.enter_async_context(openai.AsyncOpenAI(base_url=f"{crowd.yard.url}/v1", api_key=crowd.yard.key))
 
     async def ask(prompt: str) -> str:
         stream = await sdk.completions.create(model=MODEL, prompt=prompt, max_tokens=MAX_TOKENS, stream=True)
@@ -312,7 +332,7 @@ async def python_client(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
 
 
 async def grpc_client(crowd: Crowd, stack: contextlib.AsyncExitStack) -> Ask:
-    client = await stack.enter_async_context(RpcClient(crowd.yard.grpc, timeout_s=30))
+    client = await stack.enter_async_context(RpcClient(crowd.yard.grpc, credential=crowd.yard.key, timeout_s=30))
 
     async def ask(prompt: str) -> str:
         job = await client.submit(prompt, model=MODEL, sampling={"max_tokens": MAX_TOKENS}, stream=True)
@@ -332,6 +352,11 @@ USERS: dict[str, User] = {
     "Python client": python_client,
     "gRPC client": grpc_client,
 }
+
+
+def _http(crowd: Crowd) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {crowd.yard.key}"}
+    return httpx.AsyncClient(base_url=crowd.yard.url, headers=headers, timeout=60, trust_env=False)
 
 
 def _job(prompt: str) -> dict[str, Any]:

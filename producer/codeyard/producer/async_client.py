@@ -22,7 +22,7 @@ from codeyard.shared.chat import Chat
 from codeyard.shared.connect import open_blobs, open_broker, open_store
 from codeyard.shared.errors import FleetError, JobNotFound
 from codeyard.shared.job import DEFAULT_TIMEOUT_S, JobId, Lane, Sampling
-from codeyard.shared.reading import follow, wait_final
+from codeyard.shared.reading import follow, wait_final, within
 from codeyard.shared.record import Event, EventKind, JobStatus, Result
 from codeyard.shared.settings import Settings, StoreSettings, load
 from codeyard.shared.store.port import CancelVerdict, Store
@@ -36,7 +36,7 @@ OpenStore = Callable[[StoreSettings, Topology], Awaitable[Store]]
 class AsyncClient:
     """Submits and reads jobs. Any number of tasks may use one client at once; make one per process.
 
-    `timeout_s` bounds every submission, retries included. Errors: codeyard.shared.errors, each named
+    `timeout_s` bounds every submission and every question, retries included. Errors: codeyard.shared.errors, each named
     for what to do next; docs/clients.md is the table.
     """
 
@@ -167,7 +167,7 @@ class AsyncClient:
 
     async def status(self, job_id: JobId) -> JobStatus:
         """What is known of a job now. Raises JobNotFound, StoreUnavailable."""
-        [record] = await self.store.read([job_id])
+        [record] = await within(self._timeout_s, lambda: self.store.read([job_id]))
         if record is None:
             raise JobNotFound(job_id)
         return JobStatus.of(record)
@@ -188,14 +188,14 @@ class AsyncClient:
 
     async def cancel(self, job_id: JobId) -> CancelVerdict:
         """Ask for a job's end. Raises JobNotFound, StoreUnavailable."""
-        [verdict] = await self.store.cancel([job_id])
+        [verdict] = await within(self._timeout_s, lambda: self.store.cancel([job_id]))
         if verdict is CancelVerdict.MISSING:
             raise JobNotFound(job_id)
         return verdict
 
     async def recent(self, limit: int = 20) -> list[JobStatus]:
         """The newest jobs, newest first."""
-        return [JobStatus.of(record) for record in await self.store.recent(limit)]
+        return [JobStatus.of(record) for record in await within(self._timeout_s, lambda: self.store.recent(limit))]
 
 
 class AsyncJob:

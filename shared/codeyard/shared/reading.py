@@ -67,6 +67,12 @@ async def follow(store: Store, job_id: JobId, *, after: int = 0) -> AsyncGenerat
                 await wakeup.wait(REREAD_S)
 
 
+async def within(timeout_s: float, call: Callable[[], Awaitable[T]]) -> T:
+    """One question to the store, asked again for so long if there is no answer: its restart is not seen. Raises
+    StoreUnavailable."""
+    return await _until(time.monotonic() + timeout_s, call)
+
+
 async def _until(until_s: float, call: Callable[[], Awaitable[T]]) -> T:
     left_s = max(0.0, until_s - time.monotonic())
     try:

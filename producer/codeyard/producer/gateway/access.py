@@ -70,7 +70,9 @@ async def opened_access(
             log.warning("development_mode", extra={"auth": "none", "listens": "loopback only", "hint": WAYS_OUT})
             yield Access(Development(), limits, None)
             return
-        api_keys = ApiKeys(guarded(keys), cache_s=settings.auth.key_cache_s)
+        api_keys = ApiKeys(
+            guarded(keys), cache_s=settings.auth.key_cache_s, patience_s=settings.gateway.submit_timeout_s
+        )
         stack.push_async_callback(api_keys.close)
         key_set = None
         if (source := source_of(settings.auth)) is not None:

@@ -6,20 +6,31 @@ the store cannot be asked about is not let in. Called by: gateway.auth.
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from codeyard.producer.gateway.auth import Caller
 from codeyard.producer.gateway.grouped import Grouped
 from codeyard.shared.access.keys import ApiKey, Presented
 from codeyard.shared.access.port import KeyStore
 from codeyard.shared.errors import Unauthorized
+from codeyard.shared.reading import within
 
 NO_DIGEST = "0" * 64  # compared with where there is no key, so that an unknown id takes no less time
 
 
 class ApiKeys:
-    def __init__(self, store: KeyStore, *, cache_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: KeyStore,
+        *,
+        cache_s: float,
+        patience_s: float = 0.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`patience_s`: a store that does not answer is asked again for so long."""
         self._read = Grouped(store.read)
         self._cache_s = cache_s
+        self._patience_s = patience_s
         self._monotonic = monotonic
         self._known: dict[str, tuple[ApiKey, float]] = {}  # at most as many as there are keys in the store
 
@@ -43,7 +54,8 @@ class ApiKeys:
             return key
         self._known.pop(key_id, None)
         asked_s = self._monotonic()  # what is read may have been revoked just after
-        key = await self._read(key_id)
+        read = partial(self._read, key_id)
+        key = await (within(self._patience_s, read) if self._patience_s else read())
         if key is not None:
             self._known[key_id] = (key, asked_s + self._cache_s)
         return key
