@@ -95,7 +95,8 @@ class RedisStore:
         self._topology = topology
         self._common = {"timing": codec.protocol(self.timing)}
         self._notice_keys = (topology.key("{notices}:text"), topology.key("{notices}:until"))
-        self._place = lru_cache(maxsize=4_096)(self._place_of)  # a job is named several times in its life
+        # A job is named several times in its life; of this many, 0.8 MiB are kept, however long the process lives.
+        self._place = lru_cache(maxsize=1_024)(self._place_of)
 
     @classmethod
     async def open(cls, settings: StoreSettings, topology: Topology) -> "RedisStore":
