@@ -62,6 +62,13 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, number)
 
+    async def freeze(self) -> None:
+        """Returns when each of its threads stands still: the signal alone is only a wish."""
+        self.send(signal.SIGSTOP)
+        async with asyncio.timeout(PATIENCE_S):
+            while not _stands_still(self.pid):  # noqa: ASYNC110 - the kernel sets no event
+                await asyncio.sleep(0.001)
+
     def kill_alone(self) -> None:
         """kill -9; its children live on."""
         os.kill(self.pid, signal.SIGKILL)
@@ -88,3 +95,9 @@ async def running(script: Path, *arguments: str) -> AsyncIterator[Process]:
         yield process
     finally:
         await process.kill()
+
+
+def _stands_still(pid: int) -> bool:
+    """By the state of its threads in proc(5), the first word after the name in brackets."""
+    stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] in ("T", "t") for stat in stats)

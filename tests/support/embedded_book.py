@@ -44,7 +44,8 @@ class Book:
 
     async def holds(self, store: SqliteStore) -> None:
         """All that was told is in the file, which may have gone on since."""
-        ids = sorted(self.accepted | self._redriven | {job_id for job_id, _ in self._reached})
+        told = {job_id for job_id, _ in [*self._reached, *self._states]}
+        ids = sorted(self.accepted | self._redriven | told)
         records = dict(zip(ids, await store.read(ids), strict=True))
         for job_id in self.accepted:
             record = records[job_id]
