@@ -132,3 +132,25 @@ async def test_a_password_that_every_node_refuses_is_said_at_once(
         await asyncio.wait_for(publish(), PATIENCE_S)
 
     assert [node.links_opened for node in nodes] == [1, 1]
+
+
+@both_clients
+async def test_a_client_that_comes_to_a_full_queue_is_told_so_and_gets_in_when_there_is_room(
+    rabbitmq: Yard, opened: Opener
+) -> None:
+    """Its first refusal is doubted (shared.broker.rabbitmq_refusals) and asked about once more, not for ever."""
+    settings = rabbitmq.settings(max_length=3)
+    direct = await rabbitmq.declared(settings)
+    consumer = await direct.consume({rabbitmq.queue: 1})
+    while await direct.publish([message(rabbitmq.queue)], timeout_s=5) == [CONFIRMED]:
+        pass
+    publisher = await opened(rabbitmq, rabbitmq.url)
+
+    assert await publisher.publish([message(rabbitmq.queue)] * 2, timeout_s=5) == [PublishOutcome.FULL] * 2
+    assert await publisher.publish([message(rabbitmq.other)], timeout_s=5) == [CONFIRMED]
+
+    async def again() -> list[PublishOutcome]:
+        await consumer.ack(await consumer.receive(1))
+        return await publisher.publish([message(rabbitmq.queue)], timeout_s=5)
+
+    assert await comes_to(again, [CONFIRMED]) == [CONFIRMED]

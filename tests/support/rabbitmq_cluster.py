@@ -135,11 +135,12 @@ class RabbitCluster:
 
     def connections(self) -> dict[str, list[str]]:
         """What is connected to which node, by the names that clients give their connections."""
-        found: dict[str, list[str]] = {node.node: [] for node in self.nodes}
-        for row in self._asked("list_connections", "node", "client_properties"):
+        names: dict[str, list[str]] = {node.node: [] for node in self.nodes}
+        at = {node.port: node.node for node in self.nodes}
+        for row in self._asked("list_connections", "port", "client_properties"):
             properties = {name: value for name, _, value in row["client_properties"]}
-            found[row["node"]].append(str(properties.get("connection_name", "")))
-        return found
+            names[at[row["port"]]].append(str(properties.get("connection_name", "")))
+        return names
 
     def until(self, true: Callable[[], bool], what: str) -> None:
         """Raises ServerFailed where it does not become so."""

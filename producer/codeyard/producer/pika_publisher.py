@@ -8,6 +8,7 @@ aio-pika see shared.broker.rabbitmq_publishing.
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections import deque
@@ -27,7 +28,9 @@ from pika.exceptions import (
 )
 
 from codeyard.shared.broker.port import Message, PublishOutcome
+from codeyard.shared.broker.rabbitmq_alarm import BLOCKED
 from codeyard.shared.broker.rabbitmq_nodes import Turns, node_of
+from codeyard.shared.broker.rabbitmq_refusals import SETTLE_S, Proven
 from codeyard.shared.broker.rabbitmq_topology import (
     CONTENT_TYPE,
     MESSAGE_TYPE,
@@ -68,12 +71,13 @@ class PikaPublisher:
         for start in range(0, len(group), WINDOW):
             window = [to_its_queue(self._topology, message) for message in group[start : start + WINDOW]]
             try:
-                channel = await self._open_channel(deadline)
+                outcomes += await self._publish_window(window, deadline)
             except BrokerUnavailable:
                 if start == 0:
                     raise  # nothing was sent
                 return outcomes + [PublishOutcome.UNKNOWN] * (len(group) - start)
-            outcomes += await channel.publish(window, deadline)
+        if outcomes and self._is_blocked and all(outcome is PublishOutcome.UNKNOWN for outcome in outcomes):
+            raise BrokerUnavailable(BLOCKED)  # the same to the caller, and says why
         return outcomes
 
     async def close(self) -> None:
@@ -82,15 +86,39 @@ class PikaPublisher:
         async with self._opening:
             await self._forget()
 
+    async def _publish_window(self, window: Sequence[Outgoing], deadline: float) -> list[PublishOutcome]:
+        """Raises BrokerUnavailable if nothing was sent."""
+        channel = await self._open_channel(deadline)
+        outcomes = await channel.publish(window, deadline)
+        if doubtful := channel.proven.doubtful(window, outcomes):
+            if self._channel is channel:
+                self._channel = None
+            channel.give_up()
+            await asyncio.sleep(min(SETTLE_S, (deadline - asyncio.get_running_loop().time()) / 2))
+            again = [PublishOutcome.UNKNOWN] * len(doubtful)
+            with contextlib.suppress(BrokerUnavailable):
+                channel = await self._open_channel(deadline)
+                again = await channel.publish([window[index] for index in doubtful], deadline)
+                channel.proven.doubtful([window[index] for index in doubtful], again)
+            for index, outcome in zip(doubtful, again, strict=True):
+                outcomes[index] = outcome
+        return outcomes
+
     async def _open_channel(self, deadline: float) -> "_ConfirmingChannel":
         try:
             async with asyncio.timeout_at(deadline), self._opening:
-                while self._channel is None or not self._channel.is_open:
+                while True:
                     if self._closed:
                         raise BrokerUnavailable("this client was closed")
-                    await self._try_once()
-                return self._channel
+                    if self._channel is None or self._connection is None or not self._channel.is_open:
+                        await self._try_once()
+                        continue
+                    await self._connection.flowing.wait()
+                    if self._channel.is_open:
+                        return self._channel
         except TimeoutError:
+            if self._is_blocked:
+                raise BrokerUnavailable(BLOCKED) from None
             where = masked(self._settings.url)
             raise BrokerUnavailable(f"no connection to {where} in time ({self._trouble})") from None
 
@@ -118,6 +146,10 @@ class PikaPublisher:
             self._turns.succeeded()
             self._trouble = "no answer"
 
+    @property
+    def _is_blocked(self) -> bool:
+        return self._connection is not None and not self._connection.flowing.is_set()
+
     async def _forget(self) -> None:
         connection, self._connection, self._channel = self._connection, None, None
         if connection is not None:
@@ -131,13 +163,17 @@ class _Connection:
         loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = loop.create_future()
         self._closed: asyncio.Future[None] = loop.create_future()
+        self.flowing = asyncio.Event()  # not while the server has blocked publishers
+        self.flowing.set()
         self.raw = AsyncioConnection(
             parameters,
             on_open_callback=lambda _: _resolve(self._opened),
             on_open_error_callback=lambda _, error: self._failed(error),
-            on_close_callback=lambda _, error: _resolve(self._closed),
+            on_close_callback=lambda _, error: self._ended(),
             custom_ioloop=loop,
         )
+        self.raw.add_on_connection_blocked_callback(lambda _, method: self.flowing.clear())
+        self.raw.add_on_connection_unblocked_callback(lambda _, method: self.flowing.set())
 
     @classmethod
     async def open(cls, parameters: pika.ConnectionParameters) -> Self:
@@ -165,8 +201,12 @@ class _Connection:
             # Pika has no public way to drop a connection whose peer does not answer the goodbye.
             self.raw._terminate_stream(None)
 
-    def _failed(self, error: BaseException) -> None:
+    def _ended(self) -> None:
         _resolve(self._closed)
+        self.flowing.set()  # whoever waits finds that it is closed
+
+    def _failed(self, error: BaseException) -> None:
+        self._ended()
         if not self._opened.done():
             self._opened.set_exception(error)
 
@@ -206,6 +246,8 @@ class _ConfirmingChannel:
         self._published = 0
         self._pending: dict[int, _Pending] = {}  # by number, in publishing order
         self._numbers: dict[str, deque[int]] = {}  # by message id, in publishing order
+        self._given_up = False
+        self.proven = Proven()
 
     @classmethod
     async def open(cls, connection: _Connection) -> Self:
@@ -218,6 +260,12 @@ class _ConfirmingChannel:
     @property
     def is_open(self) -> bool:
         return self._raw is not None and bool(self._raw.is_open)
+
+    def give_up(self) -> None:
+        """Close it once nothing is under way on it any more."""
+        self._given_up = True
+        if not self._pending and self.is_open:
+            self._raw.close()
 
     async def publish(self, window: Sequence[Outgoing], deadline: float) -> list[PublishOutcome]:
         loop = asyncio.get_running_loop()
@@ -286,7 +334,7 @@ class _ConfirmingChannel:
             if pending.returned:
                 pending.end(PublishOutcome.UNROUTABLE)
             else:
-                # A quorum queue refuses for nothing else than its length.
+                # A quorum queue refuses for nothing else than its length; but see rabbitmq_refusals.
                 pending.end(PublishOutcome.CONFIRMED if acked else PublishOutcome.FULL)
 
     def _on_close(self, raw: Any, reason: Any) -> None:
@@ -305,6 +353,8 @@ class _ConfirmingChannel:
         numbers.remove(number)
         if not numbers:
             del self._numbers[pending.message_id]
+        if self._given_up:
+            self.give_up()
         return pending
 
 
