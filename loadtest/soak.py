@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -48,6 +48,7 @@ NUM_WORKERS = 2
 RETENTION_S = LONGEST_RUN_S = 60.0  # a record ends three minutes after its job began: the store comes to rest, too
 REST_LOOKS, REST_LOOK_S = 12, 1.0  # of which the quietest counts: connections close within seconds
 TOLD_S = 60.0  # between lines where there is no terminal
+ANSWER_S = 30.0  # for a process' metrics
 GATEWAY = "gateway"
 
 
@@ -88,6 +89,7 @@ class Report:
     growths: list[Growth]
     samples: dict[str, list[Sample]]
     around: list[Around]
+    missed_looks: int = 0
 
     @property
     def good(self) -> bool:
@@ -176,7 +178,8 @@ async def _soak(stack: AsyncExitStack, fleet: Fleet, plan: Plan, say: Say) -> Re
         async def look() -> None:
             while (at_s := time.monotonic() - began_s) < end_s:
                 await watch.look(at_s, load_of.ledger.in_flight)
-                newest = ", ".join(f"{name} {watch.samples[name][-1].rss_bytes / 2**20:.1f}" for name in fleet.ours)
+                told = {name: watch.samples[name][-1] for name in fleet.ours if name in watch.samples}
+                newest = ", ".join(f"{name} {one.rss_bytes / 2**20:.1f}" for name, one in told.items())
                 ledger = load_of.ledger
                 say(f"{ledger.sent.total()} jobs, {ledger.num_wrong} wrong; RSS, MiB: {newest}", at_s / length_s)
                 await asyncio.sleep(min(plan.every_s, max(0.0, end_s - (time.monotonic() - began_s))))
@@ -191,7 +194,10 @@ async def _soak(stack: AsyncExitStack, fleet: Fleet, plan: Plan, say: Say) -> Re
         looks = []
         for _ in range(REST_LOOKS):
             await asyncio.sleep(REST_LOOK_S)
-            looks.append(await watch.now(time.monotonic() - began_s))
+            with suppress(httpx.HTTPError):  # the others count
+                looks.append(await watch.now(time.monotonic() - began_s))
+        if not looks:
+            raise FleetError("no process told of its tasks while the load was at rest")
         return {name: quietest([look[name] for look in looks]) for name in looks[0]}
 
     await sent_until(plan.warm_up_s)
@@ -207,6 +213,7 @@ async def _soak(stack: AsyncExitStack, fleet: Fleet, plan: Plan, say: Say) -> Re
         growths=growths(watch.samples, (before, after), warm_up_s=warm_s, judged=fleet.ours),
         samples=watch.samples,
         around=watch.around,
+        missed_looks=watch.missed,
     )
 
 
@@ -218,7 +225,7 @@ async def _watch(stack: AsyncExitStack, fleet: Fleet, revision: str) -> Watch:
     stack.push_async_callback(store.aclose)
     return Watch(
         processes=fleet.processes,
-        http=await stack.enter_async_context(httpx.AsyncClient(trust_env=False, headers={"Connection": "close"})),
+        http=await stack.enter_async_context(_bare_client()),
         store=store,
         broker=broker,
         store_port=fleet.redis.port,
@@ -226,6 +233,11 @@ async def _watch(stack: AsyncExitStack, fleet: Fleet, revision: str) -> Watch:
         queues=[topology.job_queue(revision, lane) for lane in Lane],
         dead_queue=topology.dead_queue,
     )
+
+
+def _bare_client() -> httpx.AsyncClient:
+    """It keeps no connection: what is counted shall not be its own."""
+    return httpx.AsyncClient(trust_env=False, headers={"Connection": "close"}, timeout=ANSWER_S)
 
 
 async def _start(stack: AsyncExitStack, folder: Path, *, profile: bool) -> Fleet:

@@ -8,13 +8,14 @@ import asyncio
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import httpx
-from loadtest.bench_streams import Caller, Told
+from loadtest.bench_streams import RETRY_S, Caller, Told
 
 from codeyard.shared.chat import Chat, Message
 from codeyard.shared.errors import FleetError
@@ -180,16 +181,13 @@ class Load:
 
     async def _chat(self, http: httpx.AsyncClient, name: str, lane: Lane) -> None:
         prompt = _prompt(name)
-        answer = await http.post("/v1/chat/completions", json=_chat_body(prompt), headers={"Idempotency-Key": name})
-        answer.raise_for_status()
-        _check_chat(answer.json()["choices"][0]["message"]["content"], prompt)
+        async with _asked(http, name, _chat_body(prompt)) as answer:
+            document = json.loads(await answer.aread())
+        _check_chat(document["choices"][0]["message"]["content"], prompt)
 
     async def _chat_stream(self, http: httpx.AsyncClient, name: str, lane: Lane) -> None:
         prompt, said = _prompt(name), ""
-        body = _chat_body(prompt) | {"stream": True}
-        headers = {"Idempotency-Key": name}
-        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
-            answer.raise_for_status()
+        async with _asked(http, name, _chat_body(prompt) | {"stream": True}) as answer:
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     chunk = json.loads(line[6:])
@@ -258,6 +256,19 @@ _CALLS = {
     Kind.FAILED: Load._failed,
     Kind.EXPIRED: Load._expired,
 }
+
+
+@asynccontextmanager
+async def _asked(http: httpx.AsyncClient, key: str, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+    """A chat's answer, once there is one. After a 503 or 429 it asks again, as the SDKs do."""
+    while True:
+        headers = {"Idempotency-Key": key}
+        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            if answer.status_code not in (429, 503):
+                answer.raise_for_status()
+                yield answer
+                return
+        await asyncio.sleep(RETRY_S)
 
 
 def _prompt(name: str) -> str:

@@ -49,6 +49,7 @@ def as_json(report: "Report") -> dict[str, Any]:
         "rate": report.plan.rate,
         "machine": report.machine,
         "other_cores": report.other_cores,
+        "missed_looks": report.missed_looks,
         "jobs": {
             "sent": ledger.sent.total(),
             "ended_as_they_had_to": ledger.ended.total(),

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import httpx
 import redis.asyncio
+import redis.exceptions
 from loadtest.bench_streams import cpu_seconds
 from loadtest.soak_verdict import Sample
 
 from codeyard.shared.broker.port import Broker
+from codeyard.shared.errors import BrokerUnavailable
 
 PROC = Path("/proc")
 _KIB = 1_024
@@ -58,9 +60,16 @@ class Watch:
     dead_queue: str
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     around: list[Around] = field(default_factory=list)
+    missed: int = 0  # looks that a server did not answer in time
 
     async def look(self, at_s: float, in_flight: int) -> None:
         """Once. Raises OSError if a process is gone."""
+        try:
+            await self._look(at_s, in_flight)
+        except (BrokerUnavailable, redis.exceptions.RedisError, httpx.HTTPError):
+            self.missed += 1
+
+    async def _look(self, at_s: float, in_flight: int) -> None:
         for name, sample in (await self.now(at_s)).items():
             self.samples.setdefault(name, []).append(sample)
         memory = await self.store.info("memory")
