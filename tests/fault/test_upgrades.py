@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from redis.asyncio import Redis
 from support.fleet import Backend, latency_table, worker_task
-from support.releases import PRESENT, client, following, previous, worker
+from support.releases import PRESENT, REPOSITORY, client, following, previous, worker
 
+from codeyard.producer.gateway.serve import DRAIN_MARGIN_S
 from codeyard.shared import job as job_module
 from codeyard.shared.alias import Alias
 from codeyard.shared.broker.port import Delivery, Message, PublishOutcome
@@ -22,13 +24,14 @@ from codeyard.shared.errors import LaterVersion, MalformedMessage
 from codeyard.shared.job import Job, Lane, new_job_id
 from codeyard.shared.notice import Notice
 from codeyard.shared.record import Event, EventKind, Record, State
-from codeyard.shared.settings import StoreSettings
+from codeyard.shared.settings import GatewaySettings, StoreSettings, WorkerSettings
 from codeyard.shared.store import redis_codec
 from codeyard.shared.store.port import Claim, ClaimVerdict, Commit, CommitVerdict
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.topology import Topology
 from codeyard.worker.engines.simulated import simulated_completion
 from codeyard.worker.intake import MAX_PASSES
+from codeyard.worker.line import SHUTDOWN_S
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -247,6 +250,20 @@ async def test_a_message_that_no_worker_could_read_for_long_is_dead_lettered_wit
         "a job of version 2; this release reads up to 1",
     )
     assert succeeded.state is State.SUCCEEDED
+
+
+# What the platform must give -----------------------------------------------------------------------
+
+
+def test_the_grace_periods_of_compose_are_longer_than_a_stop_takes() -> None:
+    """Else every upgrade would end in kill -9: nothing is lost then, but answers are cut off."""
+    services = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())["services"]
+    grace_s = {name: float(services[name]["stop_grace_period"].removesuffix("s")) for name in services}
+    gateway, drain_s = GatewaySettings(), WorkerSettings().drain_s
+
+    ending_s = max(gateway.submit_timeout_s, gateway.drain_s) + DRAIN_MARGIN_S
+    assert grace_s["gateway"] > gateway.leave_s + ending_s
+    assert min(grace_s["worker"], grace_s["worker-gpu"]) > drain_s + SHUTDOWN_S
 
 
 # What the previous release left behind -------------------------------------------------------------
