@@ -129,7 +129,7 @@ async def test_a_job_that_waits_for_a_place_can_be_aborted(engine: VllmEngine, a
 
 async def test_closing_ends_jobs_that_wait_for_a_place(adapters: list[Adapter]) -> None:
     """They are offered to another engine like those that run."""
-    one_place = SETTINGS.model_copy(update={"max_loras": 1, "max_cpu_loras": 1})
+    one_place = SETTINGS.model_copy(update={"max_loras": 1, "max_cpu_loras": 1, "enforce_eager": True})
     engine = await VllmEngine.start(parse_model("starter"), one_place)
     deltas, _ = await engines.started(engine, job("holds", max_tokens=200, stream=True, adapter=adapters[0]))
     waiting = asyncio.create_task(run(engine, job("waits", adapter=adapters[1])))
