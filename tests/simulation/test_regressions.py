@@ -21,7 +21,7 @@ SLOW_RELEASE = Plan(
     faults=(CallFault("store.release", nth=1, phase=Phase.SLOW, told_s=4.0),),
 )
 STOOD_STILL = Plan(  # four jobs on one slot: nobody claims the last one before it is given up
-    seed=1,
+    seed=6,
     jobs=tuple(JobPlan(n, (Call(client=n // 3, at_s=1.0 + n // 3),), num_tokens=10, step_s=2.0) for n in range(4)),
     faults=(CallFault("broker.publish", nth=4, phase=Phase.STALLS, told_s=13.0),),
     num_workers=1,

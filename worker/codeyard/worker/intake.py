@@ -73,15 +73,16 @@ class Intake:
 
     async def run(self) -> None:
         """Until cancelled. A group is taken whole: cancellation between its steps only repeats work."""
-        async with asyncio.TaskGroup() as holds:  # parents of arrivals that wait for another's lease
+        async with asyncio.TaskGroup() as holds:  # parent of arrivals that wait: for another's lease, for the broker
             while True:
                 await self._open.wait()
                 deliveries = await persist(lambda: self._consumer.receive(MAX_GROUP))
-                arrivals = await self._decode(deliveries)
+                arrivals = self._decode(deliveries, holds)
                 if arrivals:
                     await self._claim(arrivals, holds)
 
-    async def _decode(self, deliveries: Sequence[Delivery]) -> list[_Arrival]:
+    def _decode(self, deliveries: Sequence[Delivery], aside: asyncio.TaskGroup) -> list[_Arrival]:
+        """The rest is published elsewhere, aside: a broker that takes no messages still delivers."""
         arrivals, later = [], []
         dead: list[tuple[Delivery, str, str]] = []
         for delivery in deliveries:
@@ -95,9 +96,9 @@ class Intake:
             except MalformedMessage as error:
                 dead.append((delivery, "malformed", str(error)))
         if later:
-            await self._pass_on(later)
+            aside.create_task(self._pass_on(later), name="pass on")
         if dead:
-            await self._bury(dead)
+            aside.create_task(self._bury(dead), name="bury")
         return arrivals
 
     async def _pass_on(self, later: Sequence[Delivery]) -> None:
@@ -143,7 +144,7 @@ class Intake:
             else:
                 dead.append((arrival.delivery, str(verdict), DEAD[verdict]))
         if dead:
-            await self._bury(dead)
+            holds.create_task(self._bury(dead), name="bury")
         if done:
             await persist(lambda: self._consumer.ack(done))
 

@@ -6,7 +6,8 @@ Many endings share a round trip. The order for each, every step confirmed before
 - handed back: release, attempt not charged -> requeue
 - lost:        read -> ack if the job is final or counts on another publication, else requeue
 Dying between any two steps is safe: the delivery comes back and the claim table sorts it out. A broker
-or store that does not answer is asked again, with backoff, for as long as it takes.
+or store that does not answer is asked again, with backoff, for as long as it takes. Endings that are published
+stand in a line of their own: a broker that takes no messages keeps no other result from the store.
 Called by: worker.intake, worker.runner. Does not know about: engines.
 """
 
@@ -84,11 +85,12 @@ class Settler:
         self._publish_timeout_s = publish_timeout_s
         self._on_settled = on_settled
         self._endings: asyncio.Queue[Ending] = asyncio.Queue()
+        self._published: asyncio.Queue[Ending] = asyncio.Queue()  # failed and to be retried
         self._earlier: dict[HeldJob, list[Delivery]] = {}  # deliveries of jobs in hand, all but the newest
 
     def put(self, ending: Ending) -> None:
         """Never blocks: the queue is bounded by the prefetch, since each held job ends once."""
-        self._endings.put_nowait(ending)
+        (self._published if _is_published(ending) else self._endings).put_nowait(ending)
 
     def adopt(self, held: HeldJob, delivery: Delivery) -> None:
         """A job in hand came once more. Each of its deliveries ends when it does: the earlier one may be of a
@@ -98,19 +100,25 @@ class Settler:
 
     async def run(self) -> None:
         """Until cancelled; `drain` waits for what is there."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._settle_line(self._endings), name="settle")
+            tasks.create_task(self._settle_line(self._published), name="publish and settle")
+
+    async def _settle_line(self, endings: asyncio.Queue[Ending]) -> None:
         while True:
-            group = [await self._endings.get()]
-            while len(group) < self._group and not self._endings.empty():
-                group.append(self._endings.get_nowait())
+            group = [await endings.get()]
+            while len(group) < self._group and not endings.empty():
+                group.append(endings.get_nowait())
             started_s = time.monotonic()
             await self._settle(_Batch.of(group))
             self._metrics.settle.observe(time.monotonic() - started_s)
             for _ in group:
-                self._endings.task_done()
+                endings.task_done()
 
     async def drain(self) -> None:
         """Return when everything put so far is settled."""
         await self._endings.join()
+        await self._published.join()
 
     async def _settle(self, batch: _Batch) -> None:
         if batch.finished:
@@ -252,6 +260,10 @@ class Settler:
                 **({"error": result.error.code} if result.error else {}),
             },
         )
+
+
+def _is_published(ending: Ending) -> bool:
+    return isinstance(ending, Retry) or (isinstance(ending, Finished) and ending.result.state is State.FAILED)
 
 
 def retry_delay_s(attempt: int) -> float:

@@ -155,12 +155,12 @@ class GuardedJobs:
     # Who takes the job -----------------------------------------------------------------------------
 
     def _store_answers(self) -> None:
-        if (for_s := self._breakers.store.refuses_for_s()) > 0:
-            raise not_asked(StoreUnavailable, for_s)
+        if self._breakers.store.refuses_for_s() > 0:
+            raise not_asked(StoreUnavailable, self._breakers.store)
 
     def _broker_answers(self) -> None:
-        if (for_s := self._breakers.broker.refuses_for_s()) > 0:
-            raise not_asked(BrokerUnavailable, for_s)
+        if self._breakers.broker.refuses_for_s() > 0:
+            raise not_asked(BrokerUnavailable, self._breakers.broker)
 
     async def _choose(self, model: str, lane: Lane, job_id: JobId) -> _Choice:
         """Raises ModelUnavailable."""

@@ -73,6 +73,7 @@ class Switch:
         self._gauge.set(breaker.position)
         self._told = breaker.position
         self._clock = clock
+        self.trouble = ""  # the last that was said by what failed
 
     def refuses_for_s(self) -> float:
         return self._breaker.refuses_for_s(self._clock())
@@ -123,13 +124,14 @@ class _Guarded:
         async def call(*args: Any, **more: Any) -> Any:
             ticket = switch.admit()
             if ticket is None:
-                raise not_asked(away, switch.refuses_for_s())
+                raise not_asked(away, switch)
             told = False
             try:
                 answer = await method(*args, **more)
                 switch.record(not _unanswered(answer), ticket)
                 told = True
-            except away:
+            except away as error:
+                switch.trouble = str(error).partition(": ")[2]
                 switch.record(False, ticket)
                 told = True
                 raise
@@ -144,17 +146,19 @@ class _Guarded:
 class _Following(_Guarded):
     def _behind(self, method: Callable[..., Any]) -> Callable[..., Any]:
         async def call(*args: Any, **more: Any) -> Any:
-            if (for_s := self._switch.refuses_for_s()) > 0:
-                raise not_asked(self._away, for_s)
+            if self._switch.refuses_for_s() > 0:
+                raise not_asked(self._away, self._switch)
             return await method(*args, **more)
 
         return call
 
 
 def not_asked(
-    away: type[StoreUnavailable] | type[BrokerUnavailable], for_s: float
+    away: type[StoreUnavailable] | type[BrokerUnavailable], switch: Switch
 ) -> StoreUnavailable | BrokerUnavailable:
-    return away(f"it did not answer lately and is asked again in {for_s:.2g} s", retry_after_s=max(1.0, for_s))
+    for_s = switch.refuses_for_s()
+    last = f"; the last time: {switch.trouble}" if switch.trouble else ""
+    return away(f"it did not answer lately and is asked again in {for_s:.2g} s{last}", retry_after_s=max(1.0, for_s))
 
 
 def _unanswered(answer: object) -> bool:
