@@ -150,6 +150,7 @@ async def test_stopping_the_gateway_ends_streams_so_that_they_resume_at_another(
     resumed = await gateway.http.get(f"/v1/jobs/{job.job_id}/events", headers={"Last-Event-ID": seen[-1].id})
 
     assert rest == []
+    assert answer.headers["Connection"] == "close"  # who comes back at once must not come back on this connection
     assert [line for line in resumed.text.splitlines() if line.startswith("id")] == ["id: 2", "id: 3"]
 
 

@@ -43,8 +43,9 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._leaving.is_set():
-                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+                headers = list(message.get("headers", ()))
+                if self._leaving.is_set() and (b"connection", b"close") not in headers:
+                    message = {**message, "headers": [*headers, (b"connection", b"close")]}
             await send(message)
 
         try:

@@ -234,10 +234,13 @@ class _Server(uvicorn.Server):
         await stop.wait()
         await asyncio.sleep(self._leave_s)
         self.should_exit = True
-        self._stopping.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        ending = asyncio.get_running_loop().call_later(self._drain_s, self._closing.set)
+        loop = asyncio.get_running_loop()
+        # Soon: after uvicorn has told every connection to end with its answer. A stream that ended before would leave
+        # a connection that looks idle, to be closed under the reader who resumes on it.
+        loop.call_soon(self._stopping.set)
+        ending = loop.call_later(self._drain_s, self._closing.set)
         try:
             await super().shutdown(sockets)
         finally:

@@ -43,8 +43,10 @@ class EventStream(Response):
         heartbeat_s: float,
         beat: str | None = None,
         farewell: str | None = None,
+        last_of_connection: bool = False,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        closing = {"Connection": "close"} if last_of_connection else {}
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **closing})
         del self.headers["content-length"]
         self._frames = frames
         self._stopping = stopping

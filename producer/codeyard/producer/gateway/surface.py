@@ -98,7 +98,8 @@ class Kit:
         farewell: str | None = None,
     ) -> EventStream:
         """`frames` as server-sent events; `beat` is the frame that keeps a silent connection open, `farewell`
-        the last one of a stream that the gateway ends because it stops."""
+        the last one of a stream that the gateway ends because it stops. A stream whose reader comes back at once
+        has its connection for itself: to come back on the same one could be into its end."""
         return EventStream(
             frames,
             stopping=self.until(resumable=resumable),
@@ -106,4 +107,5 @@ class Kit:
             heartbeat_s=self.heartbeat_s,
             beat=beat,
             farewell=farewell,
+            last_of_connection=resumable,
         )
