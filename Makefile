@@ -20,7 +20,8 @@ LOAD_SECONDS   ?= 30
 SOAK_MINUTES   ?= 60
 SOAK_RATE      ?= 20
 PYTEST_OPTIONS ?=
-# Most of a test is waiting for processes to start and die: two at a time take little more than half as long.
+# Most of a test is waiting for processes to start and die: two at a time take little more than half as long. The
+# long files begin first (tests/support/turns.py).
 PYTEST_PROCESSES ?= 2
 
 # GiB; left alone, vLLM on the CPU takes half the memory.

@@ -9,21 +9,24 @@ from typing import Any
 
 from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
 
-LONGEST = (  # the longest first; from `--durations=0`, added up by file
-    "tests/fault/test_drill_command.py",
+LONGEST = (  # about the longest first, so that one that computes runs beside one that waits
     "tests/integration/test_engine_memory_returns.py",
-    "tests/integration/test_engine_vllm.py",
-    "tests/simulation/test_mutations.py",
-    "tests/acceptance/test_demo.py",
-    "tests/simulation/test_schedules.py",
     "tests/integration/test_rollouts.py",
     "tests/fault/test_recovery.py",
+    "tests/integration/test_engine_vllm.py",
+    "tests/integration/test_openai_responses.py",
+    "tests/integration/test_batches_kill.py",
+    "tests/acceptance/test_demo.py",
     "tests/fault/test_resume.py",
+    "tests/simulation/test_schedules.py",
+    "tests/integration/test_worker_processes.py",
+    "tests/fault/test_drill_command.py",
     "tests/integration/test_engine_vllm_lora.py",
+    "tests/simulation/test_mutations.py",
     "tests/integration/test_openai_vllm.py",
 )
 TOGETHER = {"tests/simulation/test_coverage.py": "tests/simulation/test_schedules.py"}  # 2,000 schedules, once
-QUICK = "tests/unit/"
+FOLDERS = ("fault", "acceptance", "integration", "contract", "simulation", "unit")  # by how long a test takes there
 
 
 def scope_of(nodeid: str) -> str:
@@ -32,10 +35,11 @@ def scope_of(nodeid: str) -> str:
     return TOGETHER.get(file, file)
 
 
-def turn_of(scope: str, num_tests: int) -> tuple[int, bool, int]:
+def turn_of(scope: str, num_tests: int) -> tuple[int, int, int]:
     """The least is next."""
     place = LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
-    return place, scope.startswith(QUICK), -num_tests
+    folder = scope.split("/")[1]
+    return place, FOLDERS.index(folder) if folder in FOLDERS else 0, -num_tests
 
 
 class LongestFirst(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.turns import LONGEST, TOGETHER, scope_of, turn_of
+from support.turns import FOLDERS, LONGEST, TOGETHER, scope_of, turn_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -11,6 +11,8 @@ def test_every_file_that_the_order_names_is_there() -> None:
     """One that was renamed would silently begin last."""
     for name in (*LONGEST, *TOGETHER, *TOGETHER.values()):
         assert (ROOT / name).is_file(), name
+    for folder in FOLDERS:
+        assert any((ROOT / "tests" / folder).glob("test_*.py")), folder
 
 
 def test_long_files_begin_first_and_quick_ones_end() -> None:
