@@ -17,16 +17,14 @@ def test_every_file_that_the_order_names_is_there() -> None:
 
 def test_long_files_begin_first_and_quick_ones_end() -> None:
     """Of the same sort the file with more tests comes first."""
-    scopes = {
-        "tests/unit/test_a.py": 90,
-        "tests/integration/test_b.py": 3,
-        "tests/contract/test_c.py": 40,
-        LONGEST[1]: 1,
-    }
+    unit, contract, more, fault = (
+        f"tests/{name}.py" for name in ("unit/test_a", "contract/test_b", "contract/test_c", "fault/test_d")
+    )
+    scopes = {unit: 90, contract: 3, more: 40, fault: 1, LONGEST[1]: 1}
 
     taken = sorted(scopes, key=lambda scope: turn_of(scope, scopes[scope]))
 
-    assert taken == [LONGEST[1], "tests/contract/test_c.py", "tests/integration/test_b.py", "tests/unit/test_a.py"]
+    assert taken == [LONGEST[1], fault, more, contract, unit]
 
 
 def test_files_that_share_a_costly_fixture_share_a_process() -> None:
