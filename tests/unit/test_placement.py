@@ -146,6 +146,20 @@ def test_what_comes_next_is_made_ready_while_nothing_waits() -> None:
     assert decide(budget=1, forecast={"b": 0.9}, a=idle, b=cold, c=model(depth=1, oldest_s=1.0)).open == ("c",)
 
 
+def test_when_memory_is_short_what_has_nothing_to_do_is_closed() -> None:
+    """Beside what makes room for others; nothing is made ready ahead. At the limit nothing is opened either."""
+    idle, busy, waits = served(model()), served(model(), running=1), model(depth=1, oldest_s=9.0)
+    between = replace(idle, idle_s=PAUSE_S - 1)
+    models = {"a": idle, "b": busy, "c": between, "d": idle, "e": waits}
+
+    short = place(models, SHARES, budget_bytes=4, may_idle=False)
+    full = place(models, SHARES, budget_bytes=4, may_idle=False, may_open=False)
+
+    assert short == Placement(open=("e",), close=("a", "d"))
+    assert full == Placement(close=("a", "d"))
+    assert place({"a": busy, "b": model()}, SHARES, budget_bytes=4, forecast={"b": 0.9}, may_idle=False) == Placement()
+
+
 STATES = st.builds(
     ModelState,
     depth=st.dictionaries(st.sampled_from(Lane), st.integers(0, 50)),

@@ -157,19 +157,22 @@ class Runner:
 
     async def run(self) -> None:
         """Until cancelled. Raises EngineUnavailable when the engine cannot be started again."""
-        async with asyncio.TaskGroup() as tasks:
-            self._tasks = tasks
-            tasks.create_task(self._watch(), name="engine watch")
-            while True:
-                if self._engine is None:
-                    self._engine = await self._restart()
-                wake_in_s = self._decide(self._engine, tasks)
-                try:
-                    async with asyncio.timeout(wake_in_s):
-                        await self._changed.wait()
-                except TimeoutError:
-                    pass
-                self._changed.clear()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                tasks.create_task(self._watch(), name="engine watch")
+                while True:
+                    if self._engine is None:
+                        self._engine = await self._restart()
+                    wake_in_s = self._decide(self._engine, tasks)
+                    try:
+                        async with asyncio.timeout(wake_in_s):
+                            await self._changed.wait()
+                    except TimeoutError:
+                        pass
+                    self._changed.clear()
+        finally:
+            self._engine = None  # who still holds this runner (a traceback, a task) does not hold an engine
 
     def _decide(self, engine: Engine, tasks: asyncio.TaskGroup) -> float | None:
         now_s = time.monotonic()

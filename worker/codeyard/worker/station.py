@@ -142,7 +142,8 @@ class Station:
             line.cancel(job_id)
 
     async def constrain(self, decision: MemoryDecision) -> None:
-        """What memory allows from now on: narrower windows, no new jobs, no engines that nobody uses."""
+        """What memory allows from now on: narrower windows, no new jobs, no engines that nobody uses. A line
+        that has nothing to do is closed at the next look, and its engine when this is called again."""
         self._allowed = decision
         for line in self.lines():
             line.constrain(decision)
@@ -158,10 +159,11 @@ class Station:
         for served in self._known().values():
             watched, post = self._watched.get(served.revision), self._posts.get(served.revision)
             tier = self._cache.tier(served.revision)
-            if watched is not None and post is not None and post.line is not None:
-                told.append(post.line.notice(tier, watched.by_shard))
+            backlog = watched.by_shard if watched is not None else {}
+            if post is not None and post.line is not None:
+                told.append(post.line.notice(tier, backlog))
             else:
-                told.append(ModelNotice(served.alias, served.revision, tier))
+                told.append(ModelNotice(served.alias, served.revision, tier, backlog=backlog))
         return tuple(told)
 
     async def prepare(self, served: Served) -> None:
@@ -228,6 +230,8 @@ class Station:
             self._plant.settings.admission.shares,
             budget_bytes=self._plant.settings.worker.device_budget_bytes,
             forecast=self._transitions.forecast(models),
+            may_open=self._allowed.intake,
+            may_idle=not self._allowed.evict_idle,
         )
         if placement.open or self._ever_open:
             return placement
@@ -271,7 +275,7 @@ class Station:
             serving=post is not None,
             served_s=now_s - post.since_s if post is not None and post.line is not None else 0.0,
             running=running,
-            idle_s=now_s - one.busy_s,
+            idle_s=now_s - max(one.busy_s, post.since_s if post is not None else 0.0),
         )
 
     # Following -------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def place(
     budget_bytes: int | None,
     forecast: Mapping[str, float] | None = None,
     starvation_s: float = STARVATION_S,
+    may_open: bool = True,
+    may_idle: bool = True,
 ) -> Placement:
     """What to change now. Never asks for more than `budget_bytes` of open lines and preloads together.
 
@@ -96,18 +98,23 @@ def place(
         models: all this worker may serve, by revision.
         budget_bytes: of device memory; None: everything fits.
         forecast: how likely each model's jobs come next, 0..1; absent: not at all.
+        may_open: False: memory is used up, nothing is opened.
+        may_idle: False: memory is short, what has nothing to do is closed and nothing made ready ahead.
     """
     forecast = forecast or {}
     room = _Room(models, budget_bytes, (name for name, state in models.items() if state.awake))
     opened, closed = [], []
-    for name in _by_need(models, shares, starvation_s):
+    for name in _by_need(models, shares, starvation_s) if may_open else ():
         victims = _victims(name, models, shares, room, starvation_s, forecast)
         if victims is not None:
             room.taken.difference_update(victims)
             room.taken.add(name)
             closed += [victim for victim in victims if models[victim].serving]
             opened.append(name)
-    if opened:
+    if not may_idle:
+        idle = (name for name, state in models.items() if state.serving and not state.busy and state.idle_s >= PAUSE_S)
+        closed += sorted(set(idle).difference(closed))
+    if opened or closed or not may_idle:
         return Placement(tuple(opened), tuple(closed))
     if any(state.waiting and not state.serving for state in models.values()):
         return Placement()
