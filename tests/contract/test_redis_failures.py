@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 from redis import exceptions
+from support.proxy import TcpProxy
 from support.redis_server import OwnRedis, running_redis
 from support.servers import free_port
 from support.store_calls import commit_of, make_job, reservation_of, run_jobs, tokens
 
+from codeyard.shared.access.keys import make_key
+from codeyard.shared.access.redis import RedisKeyStore
+from codeyard.shared.alias import Alias
+from codeyard.shared.blobs.port import Chunk, Hold, digest_of
+from codeyard.shared.blobs.redis import RedisBlobStore
+from codeyard.shared.documents.port import Name
+from codeyard.shared.documents.redis import RedisDocumentStore
 from codeyard.shared.errors import SettingsError, StoreUnavailable
 from codeyard.shared.settings import StoreSettings
-from codeyard.shared.store.port import Append, CommitVerdict, ReserveVerdict
+from codeyard.shared.store.port import Append, AppendVerdict, CommitVerdict, Queued, Renewal, ReserveVerdict
 from codeyard.shared.store.redis import RedisStore
 from codeyard.shared.store.redis_link import _bounded
 from codeyard.shared.topology import Topology
@@ -128,6 +136,75 @@ async def test_a_commit_waits_for_the_replicas_it_was_told_to(tmp_path: Path) ->
             async with opened(primary.url, replicas=1) as store:
                 (committed,) = await store.commit([commit_of(job, claimed)])
             assert committed.verdict is CommitVerdict.COMMITTED
+
+
+async def test_a_commit_its_replicas_missed_is_not_acked_when_it_is_repeated_either(tmp_path: Path) -> None:
+    """The repeat writes nothing, so it must wait for what the first one wrote, on whatever connection that was."""
+    async with (
+        running_redis(tmp_path / "primary", "--repl-diskless-sync-delay", "0") as primary,
+        running_redis(tmp_path / "replica", "--replicaof", f"127.0.0.1 {primary.port}") as replica,
+        opened(primary.url, timeout_s=0.6, replicas=1) as hasty,
+        opened(primary.url, replicas=1) as patient,
+    ):
+        assert await primary.command("WAIT", 1, 4_000) == 1  # it has joined
+        (claimed,) = await run_jobs(patient, job := make_job())
+        replica.pause()
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
+                await hasty.commit([commit_of(job, claimed)])
+        replica.resume()
+        (committed,) = await patient.commit([commit_of(job, claimed)])
+    assert committed.verdict is CommitVerdict.COMMITTED
+
+
+async def test_whatever_somebody_relies_on_waits_for_the_replicas(server: OwnRedis) -> None:
+    """An accepted job whose record, mark or prompt a failover took could end as one that was never published; a key
+    that was revoked would open doors again. Tokens and renewals are made up for, and wait for nobody."""
+    async with opened(server.url) as store:
+        (claimed,) = await run_jobs(store, job := make_job())
+    settings, topology = StoreSettings(url=server.url, timeout_s=3.0, replicas=1), Topology("fails")
+    store = await RedisStore.open(settings, topology)
+    blobs, keys = await RedisBlobStore.open(settings, topology), await RedisKeyStore.open(settings, topology)
+    documents = await RedisDocumentStore.open(settings, topology)
+    key = make_key("revoked", tenant="tests", scopes=(), now=1.0).key
+    try:
+        hold = Hold("tests", digest_of(b"def f():"), "job-1", 60.0)
+        refused = await asyncio.gather(
+            store.reserve([reservation_of(make_job())]),
+            store.mark_queued([Queued(job.id, "p1")]),
+            store.cancel([make_job().id]),
+            store.swap_alias(None, Alias("m", "m-1")),
+            blobs.put([Chunk(hold, b"def f():")]),
+            documents.create(Name("batch", "tests", "1"), "{}", ttl_s=60.0),
+            keys.put([key]),
+            return_exceptions=True,
+        )
+
+        assert ["0 of 1 replicas" in str(one) for one in refused] == [True] * len(refused), refused
+        assert await store.append([Append(job.id, claimed.fence, [tokens(1)])]) == [AppendVerdict.APPENDED]
+        assert (await store.renew([Renewal(job.id, claimed.fence)]))[0].held
+    finally:
+        for one in (store, blobs, keys, documents):
+            await one.close()
+
+
+async def test_a_demoted_primary_is_left_for_the_one_its_address_leads_to(tmp_path: Path) -> None:
+    """A name or a virtual address that follows the primary moves no connection that is open: one refusal must."""
+    first, second = (running_redis(tmp_path / name) for name in ("first", "second"))
+    async with (
+        first as old,
+        second as new,
+        TcpProxy("127.0.0.1", old.port) as address,
+        opened(f"redis://127.0.0.1:{address.port}/0") as store,
+    ):
+        await store.reserve([reservation_of(make_job()) for _ in range(3)])
+        await old.command("REPLICAOF", "127.0.0.1", new.port)
+        address.target_port = new.port
+
+        with pytest.raises(StoreUnavailable, match="read-only replica"):
+            await store.reserve([reservation_of(make_job())])
+
+        assert (await store.reserve([reservation_of(make_job())]))[0].verdict is ReserveVerdict.NEW
 
 
 async def test_a_password_that_is_missing_or_wrong_is_said_so(tmp_path: Path) -> None:

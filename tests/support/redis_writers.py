@@ -27,7 +27,7 @@ WORKERS = 8  # committing at once, so that a failure meets some in flight
 GROUP = 4
 CALL_S = 2.0  # a link that is silent is given up after this
 AGAIN_S = 0.02
-PATIENCE_S = 60.0  # reached only by a failing test
+PATIENCE_S = 180.0  # reached only by a failing test
 TOPOLOGY = Topology("writers")
 
 
@@ -46,6 +46,7 @@ class Loss:
     without_record: int  # of these: without anything there
     first_s: float  # when the earliest lost one was acked
     last_s: float
+    kept_after: int  # acked later than that and before the failure, and there
 
 
 @dataclass
@@ -149,6 +150,7 @@ async def loss(url: str, acked: Mapping[JobId, Acked], failed_s: float) -> Loss:
     finally:
         await store.close()
     gone = [(one, record) for one, record in zip(ids, records, strict=True) if not _is_there(record, acked[one].text)]
+    missing = {one for one, _ in gone}
     times = [acked[one].at_s - failed_s for one, _ in gone]
     return Loss(
         acked=len(ids),
@@ -156,6 +158,7 @@ async def loss(url: str, acked: Mapping[JobId, Acked], failed_s: float) -> Loss:
         without_record=sum(record is None for _, record in gone),
         first_s=min(times, default=0.0),
         last_s=max(times, default=0.0),
+        kept_after=sum(min(times, default=0.0) < acked[one].at_s - failed_s < 0 for one in ids if one not in missing),
     )
 
 
