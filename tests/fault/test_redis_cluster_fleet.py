@@ -15,12 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 from support import services
-from support.asking import Asking, accepted
+from support.asking import Asking, accepted, ended
 from support.audited_load import audited_load
-from support.fleet import Backend, WorkerProcess, gateway_task, worker_task
+from support.fleet import Backend, WorkerProcess, gateway_task, running, worker_task
 from support.redis_cluster import RedisCluster, redis_cluster
 from support.redis_group import RedisGroup, redis_group
-from support.redis_server import OwnRedis
+from support.redis_server import OwnRedis, client_of
 from support.servers import RedisServer
 
 from codeyard.cli.processes import Child
@@ -100,6 +100,25 @@ async def test_worker_and_gateway_go_on_after_a_failover_and_every_job_ends_once
     assert asked.json()["state"] == State.SUCCEEDED
     assert {result.state for result in results} == {State.SUCCEEDED}
     assert len(results) == 2 * PROMPTS
+
+
+async def test_jobs_whose_records_a_failover_took_are_made_again_from_their_messages(
+    tmp_path: Path, rabbitmq_url: str, redis_url: str, namespace: str
+) -> None:
+    """What is lost with a primary that nobody waited for is more than results: records of jobs that wait at the
+    broker or run. Their messages are still there, and nothing of them is lost but time."""
+    settings = Backend(tmp_path, rabbitmq_url, redis_url, namespace).settings(worker=WORKER, engine={"time_scale": 1.0})
+    async with worker_task(settings), AsyncClient(settings=settings, timeout_s=20) as client:
+        ids = await accepted(client, "lost", PROMPTS)
+        await running(client, ids[0])
+        assert State.QUEUED in await client.store.states(ids)
+        async with client_of(redis_url) as redis:
+            gone = [key async for key in redis.scan_iter(f"{namespace}:{{s*", count=1_000)]
+            num_gone = await redis.delete(*gone)
+
+        assert num_gone > PROMPTS
+        assert None in await client.store.states(ids)
+        assert set(await ended(client, ids)) == {State.SUCCEEDED}
 
 
 @pytest.mark.parametrize("num_failovers", [pytest.param(4, marks=LONG)])

@@ -71,3 +71,13 @@ async def accepted(client: AsyncClient, name: str, count: int) -> list[JobId]:
             if len(ids) == count:
                 return ids
             await asyncio.sleep(AGAIN_S)
+
+
+async def ended(client: AsyncClient, ids: list[JobId]) -> list[State]:
+    """Their final states, once all have one. A job without a record may yet be made again from its message."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            states = [state for state in await client.store.states(ids) if state is not None and state.final]
+            if len(states) == len(ids):
+                return states
+            await asyncio.sleep(AGAIN_S)
