@@ -92,6 +92,22 @@ async def test_a_broker_that_is_not_there_is_started() -> None:
     assert "rabbitmq-server" in finding.way_out
 
 
+@services
+async def test_a_lost_node_of_a_cluster_is_a_warning_and_the_others_are_asked(rabbitmq_url: str) -> None:
+    """The fleet works on, and one more must not be lost."""
+    gone = f"127.0.0.1:{free_port()}"
+    user, _, host = urlsplit(rabbitmq_url).netloc.rpartition("@")
+    cluster = urlunsplit(urlsplit(rabbitmq_url)._replace(netloc=f"{user}@{gone},{host}"))
+    nobody = urlunsplit(urlsplit(rabbitmq_url)._replace(netloc=f"{user}@{gone},{gone}"))
+
+    findings = await check_broker(of(cluster))
+    without_any = await check_broker(of(nobody))
+
+    assert only(findings, Status.WARN) == [f"one node is lost: {gone}: nobody listens there"]
+    assert any("messages are confirmed" in text for text in only(findings, Status.OK))
+    assert only(without_any, Status.FAIL) == [f"{gone}: nobody listens there"] * 2
+
+
 # Queues --------------------------------------------------------------------------------------------
 
 
