@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 from support.simulation.many import Report
-from support.simulation.plan import CALLS
+from support.simulation.plan import CALLS, REDRIVE_CALLS
 from support.simulation.wire import DELIVER
 
 from codeyard.shared.broker.port import Broker, Consumer
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(600)  # the machine may be busy; no duration is
 
 # Not of a job's life: what people look at, what a process tells of itself, and what follows the end.
 APART = {"store.recent", "store.states", "store.announce", "store.ping", "broker.ping"}
-APART |= {"store.redrive", "store.note_callbacks", "store.callbacks_due", "store.take_callbacks"}
+APART |= {"store.note_callbacks", "store.callbacks_due", "store.take_callbacks"}
 LOCAL = {"close", "stop"}  # these touch no server, or only let go of it
 
 DIAGRAM = {  # DESIGN.md, section 3, and the call that takes each arrow
@@ -43,6 +43,7 @@ BESIDES = {  # docs/protocol.md
     "running -> cancelled by claim",
     "running -> cancelled by hand-back",
     "running -> expired by claim",
+    "failed -> queued by redrive",
 }
 
 
@@ -51,14 +52,14 @@ def test_faults_may_meet_every_call_of_both_ports() -> None:
     ports = {"broker": Broker, "consumer": Consumer, "store": Store}
     calls = {f"{name}.{call}" for name, port in ports.items() for call in _calls(port)}
 
-    assert calls - APART == set(CALLS) - {DELIVER}
+    assert calls - APART == {*CALLS, *REDRIVE_CALLS} - {DELIVER}
 
 
 def test_every_port_call_was_faulted_before_and_after_its_effect(schedules: Report) -> None:
     """A call that was never cut is a call whose repetition nobody tried."""
     missing = [
         f"{call} {side}"
-        for call in CALLS
+        for call in {*CALLS, *REDRIVE_CALLS}
         for side in ("before", "after")
         if call != DELIVER and not schedules.met[f"{call} {side}"]
     ]

@@ -48,6 +48,7 @@ class Audit:
         self._cancels_known: dict[str, float] = {}  # by incarnation: when the store knew
         self._cancelled: set[str] = set()  # incarnations of which a caller heard "cancelled"
         self._told: dict[tuple[JobId, str], Result] = {}
+        self._redriven: set[tuple[JobId, str]] = set()  # and the incarnation it had died in
 
     def expect(self, job_id: JobId, job: JobPlan) -> None:
         self._jobs[job_id] = job
@@ -69,7 +70,7 @@ class Audit:
             self.violated(job_id, "accepted although it was ended as never published")
         if record.digest != digest:
             self.violated(job_id, "accepted with the body of another")
-        if not record.state.final and not self._is_in_custody(record):
+        if not record.state.final and not self._is_in_custody(record) and not _is_unpublished(record):
             self.violated(job_id, "accepted, and no message of it is at the broker")
         self._accepted.setdefault(job_id, set()).add(record.incarnation)
         return None
@@ -93,13 +94,15 @@ class Audit:
 
     def result_told(self, job_id: JobId, result: Result) -> None:
         record = self.records[job_id]
-        if record.result != result:
+        if result not in (record.result, *(past.result for past in record.history)):
             self.violated(job_id, f"a caller was told {result.state}, the store has {record.state}")
 
     def stream_told(self, job_id: JobId, events: list[Event]) -> None:
         if [event.seq for event in events] != list(range(1, len(events) + 1)):
             self.violated(job_id, f"a reader saw the events {[event.seq for event in events]}")
         result = self.records[job_id].result
+        if self.records[job_id].history:
+            return  # it may have read the end of one life and the beginning of another
         if result is not None and result.state is State.SUCCEEDED and _text(events) != result.text:
             self.violated(job_id, "a reader's text is not the result's")
 
@@ -122,16 +125,25 @@ class Audit:
         job_id = letter.message_id
         self._letters[job_id].pop(letter.number, None)
         record = self.records.get(job_id)
-        if record is None:
+        if letter.queue.endswith(".dead"):
+            self._check_redriven(letter, record)
+        elif record is None:
             if not self._dead[job_id]:
                 self.violated(job_id, "its message was acked, and there is no record of it")
         elif not record.state.final and _is_of(letter, record):
             self._check_ack(letter, record)
 
+    def _check_redriven(self, letter: Letter, record: Record | None) -> None:
+        """A dead letter leaves when its job lives again, and a message of it is at the broker or with a worker."""
+        if record is None or record.incarnation == _life_of(letter):
+            self.violated(letter.message_id, "its dead letter was acked, and it was not redriven")
+        elif record.state is State.QUEUED and not self._is_in_custody(record):
+            self.violated(record.id, "its dead letter was acked before it was published")
+
     def _check_ack(self, letter: Letter, record: Record) -> None:
         """Of the last message of a job at the broker. A job that runs is in the reconciler's care when its lease
         is over, so a duplicate may go; the message it runs by may not, nor any of a job that waits."""
-        if self._is_in_custody(record):
+        if self._is_in_custody(record) or _is_unpublished(record):
             return
         if record.state is not State.RUNNING:
             self.violated(record.id, f"its last message was acked while it is {record.state}")
@@ -149,9 +161,11 @@ class Audit:
         self._say("store", f"{call} {after.id[:8]}: {before.state if before else 'none'} -> {after.state}")
         self.arrows.add(f"{before.state if before else 'none'} -> {after.state} by {_named(call, request)}")
         again = before is None or before.incarnation != after.incarnation
-        if before is not None and before.state.final and not (again and _never_published(before)):
+        if call == "redrive":
+            self._check_redrive(before, after, request.died_in)
+        elif before is not None and before.state.final and not (again and _never_published(before)):
             self.violated(after.id, f"{call} changed it after it was {before.state}")
-        if again and before is not None and before.incarnation in self._accepted.get(after.id, ()):
+        elif again and before is not None and before.incarnation in self._accepted.get(after.id, ()):
             self.violated(after.id, f"{call} began anew a job that was accepted")
         if _never_published(after) and after.incarnation in self._accepted.get(after.id, ()):
             self.violated(after.id, "accepted, and ended as never published")
@@ -162,6 +176,26 @@ class Audit:
         self._check_events(call, 0 if before is None or again else before.last_seq, after, step)
         if after.state.final:
             self._check_end(call, after, step, now)
+
+    def _check_redrive(self, before: Record | None, after: Record, died_in: str) -> None:
+        """Out of a failure only, into one new life for each death, under the old name with the old end kept."""
+        again = before is not None and before.state is State.EXPIRED and not before.counter  # nobody had claimed it
+        if not self._dead[after.id]:
+            self.violated(after.id, "redriven, and it has no dead letter")
+        if before is None:
+            self._say("audit", f"{after.id[:8]} had no record any more when it died")
+        elif before.state not in (State.FAILED, State.EXPIRED):
+            self.violated(after.id, f"redriven while it was {before.state}")
+        elif before.incarnation != died_in and not again:
+            self.violated(after.id, "redriven by the letter of another death")
+        elif (after.id, after.digest, after.job) != (before.id, before.digest, before.job):
+            self.violated(after.id, "redriven as another job")
+        elif (after.history[-1].incarnation, after.history[-1].result) != (before.incarnation, before.result):
+            self.violated(after.id, "redriven, and its old end forgotten")
+        if (after.id, died_in) in self._redriven and not again:
+            self.violated(after.id, "redriven twice for one death")
+        self._redriven.add((after.id, died_in))
+        self._accepted[after.id] = {after.incarnation}  # an accepted job again
 
     def _check_owner(self, call: str, before: Record, after: Record, request: Any, step: Step[Any], now: float) -> None:
         live = before.state is State.RUNNING and before.lease_until > now
@@ -217,7 +251,8 @@ class Audit:
         self._say("end", f"{after.id[:8]} {after.state} {result.error.code if result.error else ''}")
         if (wrong := self._wrong_end(job, after, result)) is not None:
             self.violated(after.id, wrong)
-        if after.state is State.FAILED and not self._dead[after.id]:
+        deaths = 1 + sum(past.result.state is State.FAILED for past in after.history)
+        if after.state is State.FAILED and self._dead[after.id] < deaths:
             self.violated(after.id, "failed, and it is not among the dead letters")
         if after.state is State.SUCCEEDED:
             events = [*self.streams.get(after.id, ()), *step.events]
@@ -305,6 +340,16 @@ def _named(call: str, request: Any) -> str:
 def _never_published(record: Record) -> bool:
     error = record.result.error if record.result else None
     return record.state is State.EXPIRED and error is not None and error.code == NEVER_PUBLISHED
+
+
+def _is_unpublished(record: Record) -> bool:
+    """Redriven just now: whoever did it publishes it next, or else the reconciler."""
+    return bool(record.history) and record.state is State.QUEUED and not record.queued_at
+
+
+def _life_of(letter: Letter) -> str:
+    """The incarnation that a dead letter tells the end of."""
+    return str(letter.headers["incarnation"] or letter.headers["publication"])
 
 
 def _is_of(letter: Letter, record: Record) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import cache
 from typing import Any
 
+from codeyard.cli.dead_letters import in_hand, redrive
 from codeyard.producer import AsyncClient
 from codeyard.producer.async_client import AsyncJob
 from codeyard.shared.alias import Alias
@@ -291,6 +292,19 @@ class Callers:
             if outcome is PublishOutcome.CONFIRMED:
                 return self._audit.accepted_from_abroad(asked.id)
             await self._loop.pass_time(AGAIN_S)
+
+
+async def redrive_the_dead(loop: SimulationLoop, broker: MemoryBroker, store: MemoryStore) -> None:
+    """`codeyard dead redrive`, repeated as its errors say. Poison stays where it is: its lives take minutes."""
+    while True:
+        try:
+            async with in_hand(broker, TOPOLOGY) as hand:
+                letters = [letter for letter in hand.letters if letter.reason != "poison"]
+                await redrive(hand, letters, broker, store, TOPOLOGY, timeout_s=2.0)
+        except (BrokerUnavailable, StoreUnavailable):
+            await loop.pass_time(AGAIN_S)
+        else:
+            return
 
 
 def key_of(job: JobPlan) -> str:

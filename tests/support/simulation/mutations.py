@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+from codeyard.cli.dead_letters import Hand, Letter, Treated, redrive
 from codeyard.producer import submission
 from codeyard.producer.submission import Submitter
 from codeyard.shared import reconciler
@@ -25,6 +26,8 @@ from codeyard.shared.store.port import (
     CommitVerdict,
     Queued,
     QueuedVerdict,
+    Redrive,
+    Redriven,
     Release,
     ReleaseVerdict,
     Renewal,
@@ -42,7 +45,7 @@ from codeyard.worker.intake import Intake
 from codeyard.worker.leases import LeaseKeeper
 from codeyard.worker.patience import persist
 from codeyard.worker.settler import Settler
-from support.simulation import world
+from support.simulation import fleet, world
 from support.simulation.plan import draw
 
 
@@ -345,6 +348,28 @@ def _two_runs_under_one_fence() -> AbstractContextManager[object]:
     return patch.object(Intake, "_take", broken)
 
 
+def _redrive(broken: Callable[[Record, Redrive], Redrive]) -> AbstractContextManager[object]:
+    """Redrives that ask for something else than the letter says."""
+    original = transitions.redrive
+
+    def redrive(record: Record | None, request: Redrive, now: float, timing: Timing) -> Step[Redriven]:
+        return original(record, broken(record, request) if record is not None else request, now, timing)
+
+    return patch.object(transitions, "redrive", redrive)
+
+
+def _redriven_by_any_letter() -> AbstractContextManager[object]:
+    return _redrive(lambda record, request: replace(request, died_in=record.incarnation))
+
+
+def _letter_acked_first() -> AbstractContextManager[object]:
+    async def broken(hand: Hand, letters: Sequence[Letter], *args: Any, **options: Any) -> list[Treated]:
+        await hand.ack(letters)
+        return await redrive(hand, letters, *args, **options)
+
+    return patch.object(fleet, "redrive", broken)
+
+
 MUTATIONS = (
     Mutation("ack before the commit", _ack_before_commit),
     Mutation("fence ignored at commit", lambda: _fence_ignored("commit")),
@@ -366,6 +391,8 @@ MUTATIONS = (
     Mutation("a restart is not told to readers", _restart_not_told),
     Mutation("an adopted delivery is forgotten", _adopted_delivery_forgotten),
     Mutation("a retry's copy is published before the job waits for it", _retry_published_first),
+    Mutation("a job is redriven by the letter of any of its deaths", _redriven_by_any_letter),
+    Mutation("a dead letter is acked before its job lives again", _letter_acked_first),
 )
 
 RARE = (  # too rare for a few thousand schedules; tests/simulation/test_regressions.py has the plans that show them

@@ -152,7 +152,29 @@ class EngineDies:
     at_s: float
 
 
-Fault = CallFault | Death | Pause | Drain | Skew | Away | HangUp | Reorder | LetterFault | Full | Preempt | EngineDies
+@dataclass(frozen=True, slots=True)
+class Redriving:
+    """Somebody redrives what is dead, from a process of its own, and repeats it until it went through."""
+
+    process: str
+    at_s: float
+
+
+Fault = (
+    CallFault
+    | Death
+    | Pause
+    | Drain
+    | Skew
+    | Away
+    | HangUp
+    | Reorder
+    | LetterFault
+    | Full
+    | Preempt
+    | EngineDies
+    | Redriving
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +231,10 @@ CALLS = {
     "consumer.requeue": 1,
     DELIVER: 14,
 }
+REDRIVE_CALLS = ("store.redrive", "store.redrive", "broker.publish", "store.mark_queued", "consumer.ack")
+"""What somebody who redrives asks for, in this order. Drawn apart, so that the other schedules stay as they were."""
+
+REDRIVEN = 0.25  # of all schedules
 _WEIGHTED_KINDS = [Kind.PLAIN] * 14 + [Kind.FAILS_ONCE] * 3 + [Kind.BROKEN, Kind.REFUSED, Kind.KILLS]
 
 
@@ -218,10 +244,11 @@ def draw(seed: int) -> Plan:
     jobs = tuple(_job(chance, number) for number in range(NUM_JOBS))
     faults = [_sure_fault(chance), *_turn(chance, seed)]
     faults += [_fault(chance) for _ in range(min(3, int(chance.expovariate(1.0))))]
+    jobs, redrives = _redrives(Random(f"redrives {seed}"), jobs)
     return Plan(
         seed,
         jobs,
-        tuple(faults),
+        (*faults, *redrives),
         slots=chance.choice((1, 2, 3, 4)),
         acks_answer=chance.random() < 0.5,
         latency_s=chance.choice((0.001, 0.004, 0.02)),
@@ -261,6 +288,22 @@ def _job(chance: Random, number: int) -> JobPlan:
         max_tokens=chance.choice((64, 64, 64, 3)),
         timeout_s=round(chance.uniform(0.5, 6.0), 2) if chance.random() < 0.1 else 600.0,
     )
+
+
+def _redrives(chance: Random, jobs: tuple[JobPlan, ...]) -> tuple[tuple[JobPlan, ...], list[Fault]]:
+    """In some schedules: a job that is sure to die early, and somebody who redrives, once or twice, maybe at once."""
+    if chance.random() >= REDRIVEN:
+        return jobs, []
+    place = chance.randrange(len(jobs))
+    dies = replace(jobs[place], kind=Kind.REFUSED, step_s=0.02)
+    at_s = round(chance.uniform(2.0, BUSY_S), 2)
+    faults: list[Fault] = [Redriving("o0", at_s)]
+    if chance.random() < 0.5:
+        faults.append(Redriving("o1", round(at_s + chance.choice((0.0, 0.02, chance.uniform(0.0, 6.0))), 2)))
+    if chance.random() < 0.7:
+        fault = _fault_of(chance, chance.choice(REDRIVE_CALLS), usual=2)
+        faults.append(replace(fault, nth=1) if fault.call == "store.redrive" else fault)
+    return (*jobs[:place], dies, *jobs[place + 1 :]), faults
 
 
 def _fault(chance: Random) -> Fault:
@@ -327,11 +370,12 @@ def _turn(chance: Random, seed: int) -> list[Fault]:
     return [_fault_of(chance, call), *causes]
 
 
-def _fault_of(chance: Random, call: str) -> CallFault:
+def _fault_of(chance: Random, call: str, *, usual: int | None = None) -> CallFault:
+    """`usual`: about how often the call is made, where CALLS does not say."""
     phase = Phase.SLOW if call == DELIVER else chance.choice(list(Phase))
     return CallFault(
         call,
-        nth=1 + int(chance.random() ** 2 * CALLS[call]),
+        nth=1 + int(chance.random() ** 2 * (CALLS.get(call) or usual or 1)),
         phase=phase,
         told_s=round(chance.choice((0.05, 0.5, chance.uniform(0.0, LONGEST_PAUSE_S))), 3),
         late_s=round(chance.choice((0.05, chance.uniform(0.0, LONGEST_PAUSE_S))), 3),

@@ -22,7 +22,7 @@ from codeyard.shared.job import job_id_for_key
 from support.simulation import plan as plans
 from support.simulation.audit import Audit, by_clock, letter_faults
 from support.simulation.broker import BrokerServer, Letter, MemoryBroker
-from support.simulation.fleet import QUEUES, TIMING, TOPOLOGY, Callers, WorkerProcess, key_of
+from support.simulation.fleet import QUEUES, TIMING, TOPOLOGY, Callers, WorkerProcess, key_of, redrive_the_dead
 from support.simulation.loop import Process, SimulationLoop, virtual_clocks
 from support.simulation.plan import Plan
 from support.simulation.store import MemoryStore, StoreServer
@@ -87,6 +87,7 @@ class World:
         self._all_processes: list[Process] = []
         self._workers: dict[str, WorkerProcess] = {}
         self._brokers: dict[str, MemoryBroker] = {}
+        self._redriving = {one.process for one in plan.faults if isinstance(one, plans.Redriving)}  # not done yet
         self._generations: Counter[str] = Counter()
         self._tries: Counter[str] = Counter()
         self._letter_faults = letter_faults(plan)
@@ -127,6 +128,8 @@ class World:
         """What is not done yet; "" if all is."""
         if left := [call for callers in self._callers for call in callers.left]:
             return f"{len(left)} callers wait, one for job {left[0][0].number}"
+        if self._redriving:
+            return f"{sorted(self._redriving)} have not redriven"
         for record in self.store.records.values():
             if not record.state.final:
                 return f"{record.id[:8]} is {record.state}"
@@ -222,6 +225,15 @@ class World:
         broker = self._brokers[name] = self._broker_of(process)
         self._spawn(process, self._callers[int(name[1:])].run(broker, self._store_of(process)))
 
+    def _start_redriving(self, name: str) -> None:
+        process = self._process(name)
+        broker = self._brokers[name] = self._broker_of(process)
+        self._spawn(process, self._redrive(name, broker, self._store_of(process)))
+
+    async def _redrive(self, name: str, broker: MemoryBroker, store: MemoryStore) -> None:
+        await redrive_the_dead(self.loop, broker, store)
+        self._redriving.discard(name)
+
     def _spawn(self, process: Process, program: Coroutine[Any, Any, None]) -> None:
         task = self.loop.spawn(process.main, program, name=process.name)
         task.add_done_callback(partial(self._ended, process))
@@ -243,7 +255,8 @@ class World:
         self._brokers[name].hang_up()
         dooms = [one for one in self.plan.faults if isinstance(one, plans.Death) and one.process == name]
         back_s = dooms[0].back_s if dooms else 1.0
-        again = self._start_worker if name in self._workers else self._start_client
+        starts = {"w": self._start_worker, "p": self._start_client, "o": self._start_redriving}
+        again = starts[name[0]]
         self._outside(back_s, again, name)
 
     # Faults ------------------------------------------------------------------------------------------
@@ -266,6 +279,8 @@ class World:
                 at(fault.until_s, self._widen)
             case plans.Preempt():
                 at(fault.at_s, lambda: self._workers[fault.process].preempt())
+            case plans.Redriving():
+                at(fault.at_s, self._start_redriving, fault.process)
             case plans.EngineDies():
                 at(fault.at_s, lambda: self._workers[fault.process].engine.die("simulated"))
 
