@@ -248,6 +248,9 @@ class Worker:
             budget_bytes=HELD * self._machine.size,
             forecast=self._habits.forecast(self._models) if self._policy == "codeyard" else None,
         )
+        if self._policy == "codeyard" and (decision.open or decision.preload is not None):
+            waiting = [name for name, model in self._models.items() if model.waiting]
+            self._cache.expect(self._habits.soon(self._models, waiting))
         for name in decision.close:
             if self._models[name].lease is not None and not self._models[name].closing:
                 self._stop(self._models[name])

@@ -301,6 +301,23 @@ async def test_an_engine_that_can_sleep_sleeps_while_host_memory_lasts(cache_of:
     assert [cache.tier(name) for name in "abcd"] == [Tier.DISK, Tier.AWAKE, Tier.DISK, Tier.ASLEEP]
 
 
+async def test_of_those_asleep_the_one_needed_last_goes_to_disk(cache_of: MakeCache, loader: Loader) -> None:
+    """Whichever slept first; and where the one that makes room is itself needed last, it does not sleep at all."""
+    loader.can_sleep = True
+    cache = cache_of(budget=SIZE, host=2 * SIZE)
+    for name in "abc":
+        await (await take(cache, name)).release()
+
+    cache.expect({"a": 0.5, "b": 0.2, "c": 0.4})
+    await (await take(cache, "d")).release()
+    sleeping = [cache.tier(name) for name in "abcd"]
+    cache.expect({"a": 0.5, "c": 0.4, "d": 0.1})
+    await (await take(cache, "e")).release()
+
+    assert sleeping == [Tier.ASLEEP, Tier.DISK, Tier.ASLEEP, Tier.AWAKE]
+    assert [cache.tier(name) for name in "abcde"] == [Tier.ASLEEP, Tier.DISK, Tier.ASLEEP, Tier.DISK, Tier.AWAKE]
+
+
 async def test_preloading_takes_only_what_nobody_uses(cache_of: MakeCache, loader: Loader) -> None:
     """Spare room, or the idle models that were named; cancelled, it leaves nothing."""
     cache = cache_of(budget=2 * SIZE)

@@ -1,5 +1,6 @@
 """Which models a worker serves: decided from plain values, held to its bounds by hypothesis."""
 
+import math
 from dataclasses import replace
 
 from hypothesis import given
@@ -237,6 +238,18 @@ def test_work_begins_once_however_often_a_queue_fills_and_empties() -> None:
         told.began(name)
 
     assert looked.forecast("abc") == told.forecast("abc")
+
+
+def test_of_models_that_take_turns_the_one_whose_turn_is_over_is_needed_last() -> None:
+    """The least recently used one is the next; what waits is needed at once."""
+    habits = Transitions()
+    for name in "abcdef" * 6:
+        habits.began(name)
+
+    soon = habits.soon("abcdef")
+
+    assert sorted(soon, key=soon.__getitem__, reverse=True) == list("abcdef")
+    assert habits.soon("abc", waiting="c")["c"] == math.inf
 
 
 @given(st.lists(st.sampled_from("abcd"), max_size=3_000))

@@ -233,6 +233,9 @@ class Station:
             may_open=self._allowed.intake,
             may_idle=not self._allowed.evict_idle,
         )
+        if placement.open or placement.preload is not None:
+            waiting = [revision for revision, state in models.items() if state.waiting]
+            self._cache.expect(self._transitions.soon(models, waiting))
         if placement.open or self._ever_open:
             return placement
         return Placement(open=self._first(models))

@@ -11,9 +11,11 @@ Chen and Goodman 1999, section 2.1, with a unigram prior). Pure. Called by: work
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 HALF_LIFE = 64.0  # observations until one counts half
+STEPS = 6  # ahead, at most
+LATER = 0.7  # what each step further counts less
 PAUSE_S = 5.0  # jobs of one burst come closer together than this, mostly
 
 
@@ -51,8 +53,23 @@ class Transitions:
 
     def forecast(self, models: Iterable[str]) -> dict[str, float]:
         """How likely each of these is next, 0..1; nothing known gives 0 for all."""
+        return self._following(self._last or "", models)
+
+    def soon(self, models: Collection[str], waiting: Collection[str] = ()) -> dict[str, float]:
+        """How soon each of these is needed, more for sooner; those that wait at once (infinity). For the others
+        the chances of the next steps, each counting `LATER` of the one before: of models that take turns, the one
+        whose turn is after next is worth more than the one whose turn is over."""
+        rows = {model: self._following(model, models) for model in models}
+        chances = self.forecast(models)
+        soon = dict(chances)
+        for step in range(1, STEPS):
+            chances = {model: sum(chances[one] * rows[one][model] for one in rows) for model in rows}
+            soon = {model: soon[model] + LATER**step * chances[model] for model in rows}
+        return soon | dict.fromkeys(waiting, math.inf)
+
+    def _following(self, last: str, models: Iterable[str]) -> dict[str, float]:
         total = sum(self._anywhere.values())
-        row = self._after.get(self._last or "", {})
+        row = self._after.get(last, {})
         prior = self._weight / self._growth  # one observation, as heavy as the newest
         row_total = sum(row.values())
         return {

@@ -21,7 +21,7 @@ import logging
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -144,6 +144,7 @@ class ModelCache:
         self._alive: weakref.WeakValueDictionary[str, _Handle] = weakref.WeakValueDictionary()
         self._loading: dict[str, _Loading] = {}
         self._failed: dict[str, tuple[EngineUnavailable, float]] = {}  # until, monotonic
+        self._soon: dict[str, float] = {}  # by revision, as last told
         self._measured: dict[str, int] = {}  # device bytes, by revision, as of its last load
         self._gate = asyncio.Lock()  # one makes room and loads at a time: what is free is free for one
         self._freed = asyncio.Event()  # a lease ended, or an engine closed
@@ -203,6 +204,11 @@ class ModelCache:
         for revision, handle in list(self._kept.items()):
             if not handle.leases:
                 await self.evict(revision)
+
+    def expect(self, soon: Mapping[str, float]) -> None:
+        """How soon each revision is needed, more for sooner: where not all can sleep, the last of them is closed.
+        What is not named counts 0; among equals the least recently used goes."""
+        self._soon = dict(soon)
 
     def tier(self, revision: str) -> Tier:
         """Where its weights are now."""
@@ -385,8 +391,8 @@ class ModelCache:
         if need > self._host_budget_bytes:
             return False
         sleepers = [one for one in self._kept.values() if one.tier is Tier.ASLEEP and one.spec.revision != but]
-        for older in sleepers:
-            if self._asleep_bytes() + need <= self._host_budget_bytes:
+        for older in sorted(sleepers, key=self._needed):
+            if self._asleep_bytes() + need <= self._host_budget_bytes or self._needed(older) > self._needed(handle):
                 break
             self._drop(older)
             self._metrics.model_evictions.labels(to=Tier.DISK).inc()
@@ -438,6 +444,9 @@ class ModelCache:
 
     def _used(self) -> int:
         return sum(one.memory.device_bytes for one in self._alive.values()) + self._accounts.quarantined_bytes
+
+    def _needed(self, handle: _Handle) -> float:
+        return self._soon.get(handle.spec.revision, 0.0)
 
     def _asleep_bytes(self) -> int:
         return sum(one.memory.host_bytes for one in self._alive.values() if one.tier is Tier.ASLEEP)
