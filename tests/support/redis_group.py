@@ -122,7 +122,7 @@ class RedisGroup:
                 await asyncio.sleep(0.02)
 
     async def whole(self) -> None:
-        """Return when every replica follows and every Sentinel knows all of them and the others."""
+        """Return when every replica follows, has what there is, and every Sentinel knows all of them and the others."""
         async with asyncio.timeout(READY_S):
             while not await self._is_whole():  # noqa: ASYNC110  # other processes, without an event for us
                 await asyncio.sleep(0.05)
@@ -135,6 +135,12 @@ class RedisGroup:
             following = [one for name, one in info.items() if name.startswith("slave") and one["state"] == "online"]
             if info["role"] != "master" or len(following) != others:
                 return False
+            async with primary.server.client() as client:  # "online" is also one that still loads what it was sent
+                pipeline = client.pipeline(transaction=False)
+                pipeline.execute_command("SET", "whole", "1")
+                pipeline.execute_command("WAIT", others, 500)
+                if (await pipeline.execute())[1] != others:
+                    return False
             return all([await self._knows_all(port, others) for port in self._ports])
         except (exceptions.RedisError, OSError):
             return False
