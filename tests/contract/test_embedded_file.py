@@ -182,6 +182,27 @@ async def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_a_file_of_the_format_before_keeps_its_jobs_and_learns_where_it_is(tmp_path: Path) -> None:
+    """It knows no inode, so that it is at home wherever it is first opened."""
+    path = tmp_path / "yard.db"
+    store = await open_store(path)
+    [claimed] = await run_jobs(store, job := make_job())
+    await store.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE meta DROP COLUMN inode")
+        db.execute("PRAGMA user_version = 5")
+
+    moved = tmp_path / "moved.db"
+    shutil.copy(path, moved)
+    store = await open_store(moved)
+    [committed] = await store.commit([commit_of(job, claimed)])
+    await store.close()
+
+    assert committed.verdict == "committed"
+    with closing(sqlite3.connect(moved)) as db:
+        assert db.execute("SELECT inode FROM meta").fetchone() == (os.stat(moved).st_ino,)
+
+
 # Shared commits ------------------------------------------------------------------------------------
 
 

@@ -163,3 +163,21 @@ async def test_a_large_file_is_looked_at_as_far_as_time_allows(path: Path, monke
     monkeypatch.setattr(file_module, "STEPS", 1)
     [finding] = await looked_at(path)
     assert "as far as looked at" in finding.text
+
+
+async def test_a_copy_made_while_the_file_was_in_use_is_told_from_the_file(path: Path, tmp_path: Path) -> None:
+    """A worker would refuse it; the doctor says so before."""
+    store = await SqliteStore.open(StoreSettings(url=f"sqlite:///{path}"), Topology("t"))
+    await store.announce("w", "here", ttl_s=5)
+    shutil.copy(path, copied := tmp_path / "copied.db")
+    shutil.copy(f"{path}-wal", f"{copied}-wal")
+    shutil.copy(f"{path}-wal", log := tmp_path / "log")
+    await store.close()
+
+    finding = worst(await looked_at(copied))
+    shutil.copy(log, f"{path}-wal")
+    beside = worst(await looked_at(path))
+
+    assert (finding.status, beside.status) == (Status.FAIL, Status.FAIL)
+    assert "copy made while the file was in use" in finding.text
+    assert "move yard.db-wal and yard.db-shm away" in beside.text

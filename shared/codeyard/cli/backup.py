@@ -39,9 +39,7 @@ def backup(file: Path, as_json: bool, **where: Any) -> None:
     settings = settings_of(**where)
     urls = {settings.store.url, settings.broker.url}
     if not all(url.startswith("sqlite:") for url in urls):
-        raise SettingsError(
-            "backup is for the embedded file; RabbitMQ and Redis have their own ways (docs/embedded.md)"
-        )
+        raise SettingsError("backup is for the embedded file; RabbitMQ and Redis have their own ways")
     if len({embedded_path(url) for url in urls}) > 1:
         raise SettingsError(
             "broker and store lie in two files: back up each, naming it for both: --broker sqlite:///A --store sqlite:///A"

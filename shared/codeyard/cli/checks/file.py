@@ -13,8 +13,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from codeyard.cli.checks.check import Finding, Place, aside, fail, gib, ok, skipped, warn
+from codeyard.shared.embedded.identity import refuse_foreign_log, uri_of, was_copied_in_use
 from codeyard.shared.embedded.place import NETWORK_FILE_SYSTEMS, file_system
 from codeyard.shared.embedded.schema import APPLICATION_ID, OLDEST_SQLITE, VERSION
+from codeyard.shared.errors import SettingsError
 
 MIB = 2**20
 TIGHT_BYTES = 1024 * MIB
@@ -101,11 +103,14 @@ def _space(folder: Path) -> Iterator[Finding]:
 
 def _content(path: Path) -> Iterator[Finding]:
     try:
-        db = sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=1.0, isolation_level=None)
+        refuse_foreign_log(path)  # else closing the connection would fold it in
+        db = sqlite3.connect(uri_of(path), uri=True, timeout=1.0, isolation_level=None)
         try:
             yield from _looked_into(db, path)
         finally:
             db.close()
+    except SettingsError as error:
+        yield fail(str(error), "docs/embedded.md, under Copies")
     except sqlite3.Error as error:
         yield _broken(error, path)
 
@@ -119,6 +124,12 @@ def _looked_into(db: sqlite3.Connection, path: Path) -> Iterator[Finding]:
     if version > VERSION:
         yield fail(
             f"{path} has format {version}, this codeyard reads {VERSION}", "upgrade codeyard, or name another path"
+        )
+        return
+    if version == VERSION and was_copied_in_use(db, path):
+        yield fail(
+            f"{path} is a copy made while the file was in use: jobs may be missing from it or torn",
+            "restore one made by codeyard backup (docs/embedded.md, under Copies)",
         )
         return
     problem, whole = _integrity(db)

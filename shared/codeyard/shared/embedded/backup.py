@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codeyard.shared.embedded.failure import code_of, explained, refused
-from codeyard.shared.embedded.identity import damage, inode_of, uri_of
+from codeyard.shared.embedded.identity import damage, inode_of, refuse_foreign_log, uri_of
 from codeyard.shared.embedded.place import embedded_path
 from codeyard.shared.embedded.schema import APPLICATION_ID, VERSION, patiently
 from codeyard.shared.errors import FleetError, SettingsError
@@ -44,6 +44,7 @@ def back_up(url: str, target: Path) -> Backup:
     target = target.expanduser().resolve()
     if os.path.lexists(target):
         raise _there_already(target)
+    refuse_foreign_log(source)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         part.touch(mode=0o600, exist_ok=False)  # prompts are private

@@ -88,17 +88,24 @@ def refuse_torn_copy(db: sqlite3.Connection, path: Path) -> None:
     inode = inode_of(path)
     if known == inode or inode == UNKNOWN:
         return
-    if known != UNKNOWN:
-        if db.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
-            raise SettingsError(
-                f"{path} is a copy made while the file was in use, so jobs may be missing from it or torn; "
-                "use one made by `codeyard backup`, or copy the file again when every process on it has ended. "
-                "If it is the last there is, `codeyard backup` makes a usable file of what is whole in it "
-                f"(--broker sqlite:///{path} --store sqlite:///{path})"
-            )
-        if trouble := damage(db):
-            raise SettingsError(f"{path} is a torn copy: {trouble}; use one made by `codeyard backup`")
+    if was_copied_in_use(db, path):
+        raise SettingsError(
+            f"{path} is a copy made while the file was in use, so jobs may be missing from it or torn; "
+            "use one made by `codeyard backup`, or copy the file again when every process on it has ended. "
+            "If it is the last there is, `codeyard backup` makes a usable file of what is whole in it "
+            f"(--broker sqlite:///{path} --store sqlite:///{path})"
+        )
+    if known != UNKNOWN and (trouble := damage(db)):
+        raise SettingsError(f"{path} is a torn copy: {trouble}; use one made by `codeyard backup`")
     db.execute("UPDATE meta SET inode = ?", (inode,))
+
+
+def was_copied_in_use(db: sqlite3.Connection, path: Path) -> bool:
+    """Another file's inode, and nobody closed it. `db` did not change the journal mode."""
+    [known] = db.execute("SELECT inode FROM meta").fetchone()
+    if UNKNOWN in (known, inode := inode_of(path)) or known == inode:
+        return False
+    return str(db.execute("PRAGMA journal_mode").fetchone()[0]) == "wal"
 
 
 def refuse_foreign_log(path: Path) -> None:
