@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codeyard.shared.job import Lane
@@ -105,7 +105,7 @@ def test_a_likely_model_is_kept_while_a_busy_one_ends() -> None:
     assert asked(Lane.STANDARD, 50.0) == asked(Lane.BULK, 50.0) == ()
     assert asked(Lane.STANDARD, LINGER_S[Lane.STANDARD]) == ("a",)
     assert asked(Lane.INTERACTIVE, 0.5) == ("a",)
-    assert asked(Lane.STANDARD, 1.0, likely=0.3) == ("a",)
+    assert asked(Lane.STANDARD, 1.0, likely=0.2) == ("a",)
     assert decide(budget=2, a=idle, b=idle, c=model(depth=1, oldest_s=1.0), forecast={"a": 0.6}).close == ("b",)
 
 
@@ -137,10 +137,10 @@ def test_what_comes_next_is_made_ready_while_nothing_waits() -> None:
     """Into spare memory, or over an idle model that is clearly less likely; never over a busy one."""
     idle, busy, cold = served(model()), served(model(), running=1), model()
 
-    assert decide(budget=2, forecast={"b": 0.7}, a=busy, b=cold) == Placement(preload="b")
-    assert decide(budget=2, forecast={"b": 0.6}, a=busy, b=cold) == Placement()
-    assert decide(budget=1, forecast={"b": 0.7, "a": 0.3}, a=idle, b=cold) == Placement(preload="b", over=("a",))
-    assert decide(budget=1, forecast={"b": 0.7, "a": 0.5}, a=idle, b=cold) == Placement()
+    assert decide(budget=2, forecast={"b": 0.8}, a=busy, b=cold) == Placement(preload="b")
+    assert decide(budget=2, forecast={"b": 0.7}, a=busy, b=cold) == Placement()
+    assert decide(budget=1, forecast={"b": 0.8, "a": 0.3}, a=idle, b=cold) == Placement(preload="b", over=("a",))
+    assert decide(budget=1, forecast={"b": 0.8, "a": 0.6}, a=idle, b=cold) == Placement()
     assert decide(budget=2, forecast={"b": 0.9}, a=busy, b=replace(cold, ready_s=2.0)) == Placement()
     assert decide(budget=1, forecast={"b": 0.9}, a=busy, b=cold) == Placement()
     assert decide(budget=2, forecast={}, a=busy, b=cold) == Placement()
@@ -202,6 +202,47 @@ def test_a_decision_never_asks_for_more_memory_than_there_is(
         kept = ready - set(decision.over) | {decision.preload}
         assert sum(models[name].num_bytes for name in kept) <= budget
         assert not any(models[name].waiting or any(models[name].running.values()) for name in decision.over)
+
+
+@given(
+    st.lists(st.sets(st.sampled_from("abd")), min_size=8, max_size=8),
+    st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1)),
+    st.sampled_from(Lane),
+    st.sampled_from([2.0, 30.0]),
+)
+@settings(max_examples=25)
+def test_whatever_the_others_do_and_the_forecast_says_nobody_starves(
+    floods: list[set[str]], forecast: dict[str, float], lane: Lane, ready_s: float
+) -> None:
+    """Three models are flooded or idle, twenty seconds each, on room for two; one job of the fourth waits. It is
+    opened when it has starved, or when what opened last has served for as long as its load took."""
+    since_s = {"a": 0.0, "b": 0.0}  # of those served: when the line has opened
+    busy_s = dict.fromkeys("abd", -1_000.0)
+    for now_s in range(0, 20 * len(floods), 2):
+        busy = floods[now_s // 20]
+        busy_s.update(dict.fromkeys(busy, float(now_s)))
+        models = {
+            name: ModelState(
+                {Lane.INTERACTIVE: 100 if name in busy else 0},
+                {Lane.INTERACTIVE: 60.0 if name in busy else 0.0},
+                1,
+                0.0 if name in since_s else ready_s,
+                ready_s,
+                serving=name in since_s,
+                served_s=max(0.0, now_s - since_s.get(name, now_s)),
+                running={Lane.INTERACTIVE: 16} if name in busy and name in since_s else {},
+                idle_s=now_s - busy_s[name],
+            )
+            for name in "abd"
+        }
+        models["c"] = model(lane, 1, float(now_s), ready_s=ready_s)
+        decision = place(models, SHARES, budget_bytes=2, forecast=forecast)
+        if "c" in decision.open:
+            return
+        since_s = {name: at_s for name, at_s in since_s.items() if name not in decision.close}
+        since_s |= dict.fromkeys(decision.open, now_s + ready_s)
+        assert now_s <= STARVATION_S + 2 * ready_s
+    raise AssertionError("it was never opened")
 
 
 @given(WORLDS)

@@ -13,10 +13,11 @@ Chen and Goodman 1999, section 2.1, with a unigram prior). Pure. Called by: work
 import math
 from collections.abc import Collection, Iterable
 
+from codeyard.worker.scheduling.placement import PAUSE_S
+
 HALF_LIFE = 64.0  # observations until one counts half
 STEPS = 6  # ahead, at most
 LATER = 0.7  # what each step further counts less
-PAUSE_S = 5.0  # jobs of one burst come closer together than this, mostly
 
 
 class Transitions:

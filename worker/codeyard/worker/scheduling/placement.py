@@ -33,10 +33,10 @@ from codeyard.shared.job import Lane
 
 HYSTERESIS = 1.5  # times the worth of what is served
 STARVATION_S = 120.0
-PAUSE_S = 4.0  # jobs of one burst come closer together than this, mostly
+PAUSE_S = 5.0  # jobs of one burst come closer together than this, mostly
 LINGER_S = {Lane.INTERACTIVE: 0.0, Lane.STANDARD: 60.0, Lane.BULK: 60.0}  # for a busy model to end
-LIKELIER = 0.3  # by this much the idle model must be, for a job of another to wait
-LIKELY = 0.7  # a model less likely than this to be next is not made ready ahead
+LIKELIER = 0.2  # by this much the idle model must be, for a job of another to wait
+LIKELY = 0.8  # a model less likely than this to be next is not made ready ahead
 AHEAD_S = 5.0  # nor one that is ready sooner than this
 
 
