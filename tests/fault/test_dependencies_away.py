@@ -160,7 +160,7 @@ async def test_a_server_that_is_away_is_named_in_time_and_everything_goes_on_whe
         proxy, began = here.proxies[server], asyncio.Event()
         await here.insisted("first")
         first = await here.ended()
-        tasks, links = others(), proxy.links
+        tasks, links = others(), here.proxies["broker"].links
 
         def begin() -> None:
             if not began.is_set():
@@ -197,7 +197,7 @@ async def test_a_server_that_is_away_is_named_in_time_and_everything_goes_on_whe
         assert not let_in_early
         assert reading.result().state is State.SUCCEEDED
         assert owners == first, "the worker was another one in between"
-        await nothing_left(tasks, proxy, links)
+        await nothing_left(tasks, here.proxies["broker"], links)
 
 
 async def read_in_a_hurry(doors: Doors, server: str, done: JobId) -> None:
@@ -223,7 +223,8 @@ def others() -> Counter[str]:
 
 
 async def nothing_left(tasks: Counter[str], proxy: TcpProxy, links: int) -> None:
-    """No more tasks than before, no more connections. What is under way now may end first."""
+    """No more tasks than before, no more connections to the broker; those to the store lie in a pool, which grows as
+    it is needed. What is under way now may end first."""
     try:
         async with asyncio.timeout(PATIENCE_S):
             while others() - tasks - AT_FIRST_USE or proxy.links > links:
