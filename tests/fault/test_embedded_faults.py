@@ -34,7 +34,7 @@ pytestmark = pytest.mark.process
 
 PATIENCE_S = 30.0
 LONGEST_LIFE_S = 0.6  # of a process that is killed; opening the file takes a tenth of it
-SMALL_DISK_BYTES = 4_194_304
+SMALL_DISK_BYTES = 33_554_432  # for all that 60 processes leave behind
 
 
 def running(file: Path, *what: str) -> AbstractAsyncContextManager[Process]:

@@ -27,9 +27,12 @@ class Process:
 
     async def lines_until(self, first_word: str) -> list[str]:
         """Up to and with the line that begins so."""
-        lines = [await self.line()]
-        while lines[-1].split()[0] != first_word:
-            lines.append(await self.line())
+        lines: list[str] = []
+        while not lines or lines[-1].split()[0] != first_word:
+            try:
+                lines.append(await self.line())
+            except TimeoutError:
+                raise AssertionError(f"no line begins with {first_word}; the last were {lines[-5:]}") from None
         return lines
 
     def go_on(self) -> None:
