@@ -30,7 +30,7 @@ from codeyard.worker.simulation.virtual_time import pass_time
 pytestmark = [pytest.mark.services, pytest.mark.timeout(180)]
 
 HASTY_S = 1.0
-GRACE_S = 4.0  # on top, on a machine where everything runs at once
+GRACE_S = 6.0  # on top, on a machine where everything runs at once
 PATIENCE_S = 60.0
 STATUS = {"queue-full": 429, "store-unavailable": 503, "broker-unavailable": 503}
 CODE = {429: grpc.StatusCode.RESOURCE_EXHAUSTED, 503: grpc.StatusCode.UNAVAILABLE}
@@ -144,10 +144,11 @@ async def test_a_full_store_refuses_new_jobs_and_keeps_what_was_generated(
     """Redis at maxmemory: the worker holds finished results and their deliveries until they are committed."""
     acked = counted(monkeypatch, RabbitConsumer, "ack")
     finished = counted(monkeypatch, Settler, "_finish")
-    settings = small_waits(tmp_path, rabbitmq_url, private_redis.url, namespace, engine={"time_scale": 15.0})
+    slow, held = {"time_scale": 8.0}, {"lease_s": 20.0}  # else what nobody renews meanwhile runs once more
+    settings = small_waits(tmp_path, rabbitmq_url, private_redis.url, namespace, engine=slow, store=held)
     async with worker_task(settings), front(settings) as (hasty, patient):
         prompts = [f"def held_{number}():" for number in range(8)]
-        options = {"max_tokens": MAX_TOKENS}  # 1.2 s
+        options = {"max_tokens": 4 * MAX_TOKENS}  # 2.5 s
         accepted = await asyncio.gather(*(hasty.client.submit(prompt, sampling=options) for prompt in prompts))
         jobs = {job.id: prompt for job, prompt in zip(accepted, prompts, strict=True)}
         await owned(hasty.client, list(jobs))

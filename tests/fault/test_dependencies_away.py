@@ -34,7 +34,7 @@ from codeyard.worker.simulation.virtual_time import pass_time
 pytestmark = pytest.mark.services
 
 HASTY_S = 1.0  # what a caller in a hurry gives
-GRACE_S = 4.0  # on top, on a machine where everything runs at once
+GRACE_S = 6.0  # on top, on a machine where everything runs at once
 PATIENCE_S = 60.0  # for what must happen; reached only by a failing test
 NUM_JOBS = 12
 LONG_TOKENS = 120
