@@ -81,7 +81,8 @@ def node_findings(node: RedisNode, settings: StoreSettings) -> Iterator[Finding]
     """One server. `settings` say for how many replicas a write waits."""
     at = node.address
     if node.mode == "sentinel":
-        yield fail(f"{at} is a Sentinel, which keeps no data", f"name the primary in {URL}")
+        way_out = f"name the primary in {URL}, or its Sentinels: redis+sentinel://{at}/NAME"
+        yield fail(f"{at} is a Sentinel, which keeps no data", way_out)
         return
     if _too_old(node):
         yield fail(f"Redis {node.version} at {at} is too old", "upgrade to 7.0 or later")
