@@ -92,7 +92,8 @@ async def test_no_acked_commit_is_lost_in_a_failover_when_the_one_replica_must_h
     async with redis_group(tmp_path, replicas=[()]) as group, writing(group.url, replicas=1) as writers:
         found = [await fail_over(group, writers) for _ in range(num_failovers)]
 
-    tell(capsys, "WAIT 1 of 1 replica", found)
+    if num_failovers > 1:
+        tell(capsys, "WAIT 1 of 1 replica", found)
     assert min(one.acked for one in found) >= BEFORE
     assert [one.lost for one in found] == [0] * num_failovers
 

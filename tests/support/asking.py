@@ -33,8 +33,9 @@ class Asking:
         async with httpx.AsyncClient(base_url=self._url, timeout=30.0) as http:
             while True:
                 began_s, number = time.monotonic(), len(self.answers)
-                while (answer := await self._answer(http, number)) is None:  # noqa: ASYNC110  # another process's
-                    await asyncio.sleep(AGAIN_S)
+                async with asyncio.timeout(PATIENCE_S):
+                    while (answer := await self._answer(http, number)) is None:  # noqa: ASYNC110  # another process's
+                        await asyncio.sleep(AGAIN_S)
                 self.longest_s = max(self.longest_s, time.monotonic() - began_s)
                 self.answers.append(answer)
 

@@ -193,9 +193,9 @@ async def lagging(node: Node) -> AsyncIterator[None]:
         try:
             while True:
                 node.server.pause()
-                await asyncio.sleep(STILL_S)
+                await _pass(STILL_S)
                 node.server.resume()
-                await asyncio.sleep(STILL_S / 10)
+                await _pass(STILL_S / 10)
         finally:
             if node.server.running:
                 node.server.resume()
@@ -204,6 +204,12 @@ async def lagging(node: Node) -> AsyncIterator[None]:
         stumbling = tasks.create_task(stumble(), name="lagging")
         yield
         stumbling.cancel()
+
+
+async def _pass(seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await asyncio.Event().wait()
 
 
 async def _ask(port: int, *command: str) -> Any:

@@ -116,13 +116,14 @@ class Writers:
 
     async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """As a worker does: again, until the store answers."""
-        while True:
-            try:
-                return await call()
-            except StoreUnavailable as error:
-                self.refusals.append(str(error))
-                self._news.set()
-                await asyncio.sleep(AGAIN_S)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                try:
+                    return await call()
+                except StoreUnavailable as error:
+                    self.refusals.append(str(error))
+                    self._news.set()
+                    await asyncio.sleep(AGAIN_S)
 
 
 @contextlib.asynccontextmanager
