@@ -124,11 +124,16 @@ def main(
     warm_up_s = 60 * (min(10.0, minutes / 3) if warm_up is None else warm_up)
     if 60 * minutes - warm_up_s < FEWEST * every:
         raise click.UsageError(f"too short: less than {FEWEST} samples would be left after the warm-up")
+    trouble: BaseException | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="codeyard-soak-", dir=data) as folder:
             report = asyncio.run(_told(Path(folder), Plan(minutes, warm_up_s, rate, every, profile)))
-    except FleetError as error:
-        raise click.ClickException(str(error)) from None
+    except* FleetError as several:  # out of the groups of tasks that they ended
+        trouble = several
+    if trouble is not None:
+        while isinstance(trouble, BaseExceptionGroup):
+            trouble = trouble.exceptions[0]
+        raise click.ClickException(str(trouble))
     out = Console()
     out.print(table(report.growths))
     ledger = report.ledger

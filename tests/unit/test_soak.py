@@ -1,16 +1,21 @@
 """The soak's verdict: it must turn with the samples, or an hour was spent for nothing."""
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from loadtest import soak
 from loadtest.soak import Plan, Report
 from loadtest.soak_load import MIX, STEP, Kind, Ledger
 from loadtest.soak_verdict import AT_REST, Growth, Sample, growths, quietest
 from loadtest.soak_view import as_json, plot
 from loadtest.soak_watch import Around
+
+from codeyard.shared.errors import FleetError
 
 MIB = 2**20
 WARM_UP_S, END_S = 600.0, 3_600.0
@@ -156,3 +161,22 @@ def test_a_report_is_good_only_if_nothing_grew_and_shows_in_json_and_picture(tmp
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
     assert set(told["samples"]) == set(names)
     assert told["growths"][0]["what"] == "rss_bytes"
+
+
+def test_a_fleet_that_does_not_keep_up_ends_the_soak_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said inside a group of tasks inside another; nobody shall read a traceback for it."""
+
+    async def gives_up(*_: object) -> Report:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails())
+        raise AssertionError("the group lets it through")
+
+    async def fails() -> None:
+        raise FleetError("500 jobs are in flight")
+
+    monkeypatch.setattr(soak, "_told", gives_up)
+
+    ended = CliRunner().invoke(soak.main, ["--minutes", "10"])
+
+    assert ended.exit_code == 1
+    assert ended.output == "Error: 500 jobs are in flight\n"
