@@ -135,9 +135,10 @@ class Audit:
 
     def _check_redriven(self, letter: Letter, record: Record | None) -> None:
         """A dead letter leaves when its job lives again, and a message of it is at the broker or with a worker."""
-        if record is None or record.incarnation == _life_of(letter):
+        lives = [past.incarnation for past in record.history] if record is not None else []
+        if record is None or _life_of(letter) not in lives:
             self.violated(letter.message_id, "its dead letter was acked, and it was not redriven")
-        elif record.state is State.QUEUED and not self._is_in_custody(record):
+        elif lives[-1] == _life_of(letter) and record.state is State.QUEUED and not self._is_in_custody(record):
             self.violated(record.id, "its dead letter was acked before it was published")
 
     def _check_ack(self, letter: Letter, record: Record) -> None:
