@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from support import services
+from support.doctor import healthy, place
 from support.redis_group import Node, RedisGroup, lagging, redis_group
 from support.redis_writers import GROUP, WORKERS, Loss, Writers, loss, writing
 from support.servers import RedisServer
+
+from codeyard.cli.checks.store import check_store
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
 
@@ -91,7 +94,9 @@ async def test_no_acked_commit_is_lost_in_a_failover_when_the_one_replica_must_h
     is opened once: it finds each new primary by itself."""
     async with redis_group(tmp_path, replicas=[()]) as group, writing(group.url, replicas=1) as writers:
         found = [await fail_over(group, writers) for _ in range(num_failovers)]
+        said = await check_store(place(store={"url": group.url, "replicas": 1}, answer_s=10.0))
 
+    assert healthy(said), said  # `codeyard doctor` finds the new primary too
     if num_failovers > 1:
         tell(capsys, "WAIT 1 of 1 replica", found)
     assert min(one.acked for one in found) >= BEFORE
