@@ -62,8 +62,8 @@ class Watch:
                 await self._look_at([self._open.popleft() for _ in range(min(GROUP, len(self._open)))])
         except StoreUnavailable:
             pass  # the store may be what is being broken; the next look follows
-        final = self._num_final
-        self.timeline.append(Moment(time.monotonic() - self.started_s, len(self.told.accepted), final))
+        accepted = self._num_final + len(self._open)
+        self.timeline.append(Moment(time.monotonic() - self.started_s, accepted, self._num_final))
 
     async def _look_at(self, group: list[JobId]) -> None:
         try:
