@@ -22,6 +22,7 @@ from codeyard.shared.job import JobId
 from codeyard.shared.settings import Settings
 
 PATIENCE_S = 180.0  # for the last jobs; reached only by a failing test
+LONGEST_S = 900.0  # of a whole test
 GROUP = 256
 LOOK_EVERY_S = 0.25
 MOST_JOBS = 50_000  # more than any test lets through
@@ -63,15 +64,16 @@ class AuditedLoad:
         return len(self._watch.told.accepted) + len(self._watch.told.refused)
 
     async def run(self) -> None:
-        """Let jobs through and look on, for ever."""
+        """Let jobs through and look on, until it is cancelled."""
         last_s = time.monotonic()
-        while True:
-            now_s = time.monotonic()
-            self._asked += int(self._rate * (now_s - last_s))
-            last_s = now_s
-            self._fleet.gate.open_to(self._asked / MOST_JOBS)
-            await self._watch.look()
-            await asyncio.sleep(LOOK_EVERY_S)
+        async with asyncio.timeout(LONGEST_S):
+            while True:
+                now_s = time.monotonic()
+                self._asked += int(self._rate * (now_s - last_s))
+                last_s = now_s
+                self._fleet.gate.open_to(self._asked / MOST_JOBS)
+                await self._watch.look()
+                await asyncio.sleep(LOOK_EVERY_S)
 
     async def _audited(self) -> Ledger:
         told, seed = self._watch.told, self._fleet.wish.seed

@@ -21,7 +21,7 @@ from codeyard.shared.errors import FleetError
 from codeyard.shared.job import JobId, Lane
 from codeyard.shared.record import State
 from codeyard.shared.settings import Settings
-from support.audited_load import AuditedLoad
+from support.audited_load import LONGEST_S, AuditedLoad
 
 EVERY_S = 0.05  # between submissions of one prober: stalls are known to about this
 AGAIN_S = 0.02
@@ -38,10 +38,12 @@ class Prober:
     refusals: list[FleetError] = field(default_factory=list)
 
     async def run(self, name: str, load: AuditedLoad) -> None:
-        for number in count():
-            while not await self._submitted(f"{name}_{number}", load):  # noqa: ASYNC110
-                await asyncio.sleep(AGAIN_S)
-            await asyncio.sleep(EVERY_S)
+        number = 0
+        async with asyncio.timeout(LONGEST_S):
+            while True:
+                accepted = await self._submitted(f"{name}_{number}", load)
+                number += accepted
+                await asyncio.sleep(EVERY_S if accepted else AGAIN_S)
 
     async def refused(self, name: str, load: AuditedLoad) -> FleetError:
         """Submit until that is refused: the first ones may still find everything as it was."""
@@ -90,12 +92,13 @@ class Probing:
 
     async def _claims(self, ids: Sequence[JobId]) -> list[float]:
         """When each was claimed, last; waits until each was."""
-        while True:
-            records = await self.load.client.store.read(ids)
-            times = [record.started_at for record in records if record is not None and record.started_at is not None]
-            if len(times) == len(ids):
-                return times
-            await asyncio.sleep(EVERY_S)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                records = await self.load.client.store.read(ids)
+                times = [one.started_at for one in records if one is not None and one.started_at is not None]
+                if len(times) == len(ids):
+                    return times
+                await asyncio.sleep(EVERY_S)
 
 
 @asynccontextmanager
