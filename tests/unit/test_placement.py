@@ -96,17 +96,20 @@ def test_of_two_idle_models_the_likelier_one_is_kept() -> None:
 
 
 def test_a_likely_model_is_kept_while_a_busy_one_ends() -> None:
-    """A minute at most, and no interactive job waits for that: what is put away is fetched again, but later."""
+    """A minute at most; no interactive job waits for that, nor one that waits for a load from disk anyway."""
     idle, busy = served(model()), served(model(), running=3)
 
-    def asked(lane: Lane, oldest_s: float, likely: float = 0.6) -> tuple[str, ...]:
-        return decide(budget=2, a=idle, b=busy, c=model(lane, 2, oldest_s), forecast={"a": likely, "b": 0.1}).close
+    def asked(lane: Lane, oldest_s: float, likely: float = 0.6, ready_s: float = 2.0) -> tuple[str, ...]:
+        there = model(lane, 2, oldest_s, ready_s=ready_s)
+        return decide(budget=2, a=idle, b=busy, c=there, forecast={"a": likely, "b": 0.1}).close
 
     assert asked(Lane.STANDARD, 50.0) == asked(Lane.BULK, 50.0) == ()
     assert asked(Lane.STANDARD, LINGER_S[Lane.STANDARD]) == ("a",)
     assert asked(Lane.INTERACTIVE, 0.5) == ("a",)
     assert asked(Lane.STANDARD, 1.0, likely=0.2) == ("a",)
-    assert decide(budget=2, a=idle, b=idle, c=model(depth=1, oldest_s=1.0), forecast={"a": 0.6}).close == ("b",)
+    assert asked(Lane.STANDARD, 1.0, ready_s=30.0) == ("a",)
+    there = model(depth=1, oldest_s=1.0, ready_s=2.0)
+    assert decide(budget=2, a=idle, b=idle, c=there, forecast={"a": 0.6}).close == ("b",)
 
 
 def test_a_line_that_opens_is_left_to_open() -> None:

@@ -11,7 +11,8 @@ once where there is room, and else in place of others:
 - those that have had nothing to do for a while, the least likely to come next first (forecast.py): a burst
   has gaps, and a model put away in one is fetched again in the same burst;
 - but one that is clearly likelier to come next than one that is busy now is kept while the busy one ends, for
-  as long as the jobs that wait can bear (`LINGER_S`; an interactive job not at all);
+  as long as the jobs that wait can bear (`LINGER_S`; an interactive job not at all, nor one whose model takes
+  long to get ready: it waits enough);
 - if all are busy, those worth less by a factor, if the one that waits has waited for as long as it takes to get
   ready, and they have served for as long as it took to get *them* ready. To the worth of what is served belong
   its running jobs: as many would wait while it is away, which may be for `starvation_s`. So two models with
@@ -33,11 +34,11 @@ from codeyard.shared.job import Lane
 
 HYSTERESIS = 1.5  # times the worth of what is served
 STARVATION_S = 120.0
-PAUSE_S = 5.0  # jobs of one burst come closer together than this, mostly
+PAUSE_S = 4.0  # jobs of one burst come closer together than this, mostly
 LINGER_S = {Lane.INTERACTIVE: 0.0, Lane.STANDARD: 60.0, Lane.BULK: 60.0}  # for a busy model to end
 LIKELIER = 0.2  # by this much the idle model must be, for a job of another to wait
 LIKELY = 0.8  # a model less likely than this to be next is not made ready ahead
-AHEAD_S = 5.0  # nor one that is ready sooner than this
+SOON_S = 5.0  # one that is ready sooner than this is not made ready ahead, and only its jobs wait for a busy one
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,11 @@ def _lingers(
         if models[one].idle_s < PAUSE_S and there.waited_s < PAUSE_S:
             return True  # between two jobs of one burst
         likelier = any(forecast.get(one, 0.0) >= LIKELIER + forecast.get(other, 0.0) for other in busy)
-        if likelier and all(there.oldest_s.get(lane, 0.0) < LINGER_S[lane] for lane, n in there.depth.items() if n):
+        if (
+            likelier
+            and there.ready_s < SOON_S
+            and all(there.oldest_s.get(lane, 0.0) < LINGER_S[lane] for lane, n in there.depth.items() if n)
+        ):
             return True
     return False
 
@@ -219,7 +224,7 @@ def _ahead(models: Mapping[str, ModelState], budget_bytes: int | None, forecast:
     wanted = [
         name
         for name, state in models.items()
-        if name not in awake and forecast.get(name, 0.0) >= LIKELY and state.ready_s >= AHEAD_S
+        if name not in awake and forecast.get(name, 0.0) >= LIKELY and state.ready_s >= SOON_S
     ]
     for name in sorted(wanted, key=lambda one: (-forecast[one], one)):
         idle = [one for one in awake if not models[one].busy and models[one].idle_s >= PAUSE_S]
