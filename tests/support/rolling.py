@@ -84,30 +84,37 @@ class Balancer:
         self._ready = set(ports)
         self._turns = itertools.cycle(ports)
         self._links: set[asyncio.Task[None]] = set()
+        self.blind = 0  # connections tried while no gateway was ready
         self.port = 0
 
     @contextlib.asynccontextmanager
     async def balancing(self) -> AsyncIterator["Balancer"]:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
-        looking = asyncio.create_task(self._look())
+        pairs = zip(self._ports, self._probes, strict=True)
+        looking = [asyncio.create_task(self._look(port, probe)) for port, probe in pairs]
         try:
             yield self
         finally:
             server.close()
-            for task in (looking, *self._links):
+            for task in (*looking, *self._links):
                 task.cancel()
-            await asyncio.gather(looking, *self._links, return_exceptions=True)
+            await asyncio.gather(*looking, *self._links, return_exceptions=True)
 
-    async def _look(self) -> None:
-        async with httpx.AsyncClient(trust_env=False, timeout=2.0) as http:
+    async def all_ready(self) -> None:
+        """What a platform waits for before it stops the next one."""
+        async with asyncio.timeout(PATIENCE_S):
+            while self._ready != set(self._ports):  # noqa: ASYNC110 - nobody announces it
+                await asyncio.sleep(READINESS_S)
+
+    async def _look(self, port: int, probe: int) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as http:  # slow is not away
             while True:
-                for port, probe in zip(self._ports, self._probes, strict=True):
-                    try:
-                        ready = (await http.get(f"http://127.0.0.1:{probe}/readyz")).status_code == 200
-                    except httpx.TransportError:
-                        ready = False
-                    (self._ready.add if ready else self._ready.discard)(port)
+                try:
+                    ready = (await http.get(f"http://127.0.0.1:{probe}/readyz")).status_code == 200
+                except httpx.TransportError:
+                    ready = False
+                (self._ready.add if ready else self._ready.discard)(port)
                 await asyncio.sleep(READINESS_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -132,6 +139,7 @@ class Balancer:
             for _ in self._ports:
                 port = next(self._turns)
                 if port in self._ready or not only_ready:
+                    self.blind += not only_ready
                     with contextlib.suppress(OSError):
                         return await asyncio.open_connection("127.0.0.1", port)
         return None
@@ -154,6 +162,7 @@ class Yard:
     grpc: str
     key: str  # of the API, kept in the store as keys are
     settings: Settings
+    fronts: tuple[Balancer, Balancer]  # of HTTP and of gRPC
 
 
 @contextlib.asynccontextmanager
@@ -183,6 +192,7 @@ async def yard(settings: Settings, folder: Path, *, num_gateways: int, num_worke
                 grpc=f"ipv4:127.0.0.1:{rpc_front.port}",
                 key=await _a_key(settings),
                 settings=settings,
+                fronts=(front, rpc_front),
             )
     finally:
         await asyncio.gather(*(part.stop(signal.SIGKILL) for part in (*gateways, *workers) if part.process is not None))
@@ -225,9 +235,11 @@ class Crowd:
                 self._stopping.set()
 
     async def goes_on(self, phase: str) -> None:
-        """From now on it is this phase; return when each kind of user had two more answers."""
+        """From now on it is this phase; return when each kind of user had two more answers and all is ready."""
         self.phase = phase
         before = Counter(self.done)
+        for front in self.yard.fronts:
+            await front.all_ready()
         async with asyncio.timeout(PATIENCE_S):
             while not self.errors and any(self.done[name] < before[name] + 2 for name in self.done):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
