@@ -143,6 +143,8 @@ async def yard(folder: Path, broker_url: str, store_url: str, namespace: str, aw
 
 @pytest.mark.parametrize("server,away,moment,away_s", [*IN_CI, *AFTER_EACH_OTHER, *A_MINUTE])
 @pytest.mark.timeout(300)
+# aiormq's, of a connection given up in the middle of its handshake
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <coroutine object Connection.close")
 async def test_a_server_that_is_away_is_named_in_time_and_everything_goes_on_when_it_is_back(
     server: str,
     away: Away,
@@ -158,6 +160,7 @@ async def test_a_server_that_is_away_is_named_in_time_and_everything_goes_on_whe
     once; nothing was restarted, and nothing hangs."""
     async with yard(tmp_path, rabbitmq_url, redis_url, namespace, away_s) as here:
         proxy, began = here.proxies[server], asyncio.Event()
+        assert (await here.hasty.http.get("/readyz")).status_code == 200  # and the gateway has a connection to ask on
         await here.insisted("first")
         first = await here.ended()
         tasks, links = others(), here.proxies["broker"].links
@@ -271,7 +274,7 @@ async def test_clients_that_were_cut_off_come_back_each_at_its_own_pace_and_ever
 
     for one in pauses:
         assert 3 <= len(one) <= 10, f"{len(one)} tries within {AWAY_S:g} s"
-        assert max(one[-2:]) > 2 * one[0], one
+        assert max(one[-2:]) > 2 * min(one), one
         assert max(one) < LONGEST_S + GRACE_S
     for several in (pauses[:3], pauses[3:]):
         fourth_s = [sum(one[:3]) for one in several]

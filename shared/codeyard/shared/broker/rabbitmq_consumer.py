@@ -159,7 +159,6 @@ class RabbitConsumer:
         while True:
             began_s = loop.time()
             try:
-                await self._link.connect()  # for as long as it takes, at the link's own pace: two would add up
                 async with asyncio.timeout(self._timeout_s):
                     subscription = await self._subscribe(queue)
             except (BrokerUnavailable, TimeoutError) as error:

@@ -8,6 +8,7 @@ Called by: rabbitmq_link, producer.pika_publisher, shared.settings (checks), the
 
 import itertools
 import random
+import time
 from urllib.parse import urlsplit, urlunsplit
 
 from codeyard.shared.broker.backoff import backoff_s
@@ -52,6 +53,7 @@ class Turns:
         self._num_nodes = len(urls)
         self._turns = itertools.cycle(random.sample(urls, len(urls)))
         self._failures = 0  # in a row
+        self._not_before_s = 0.0  # the next round
         self.patience_s = SILENT_S if len(urls) > 1 else None  # for one try; None: the caller's alone
 
     def next(self) -> str:
@@ -61,6 +63,8 @@ class Turns:
     def failed(self) -> int:
         """The try failed. Returns how many did in a row."""
         self._failures += 1
+        if self.all_failed:
+            self._not_before_s = time.monotonic() + backoff_s(self._failures // self._num_nodes)
         return self._failures
 
     def succeeded(self) -> None:
@@ -73,5 +77,6 @@ class Turns:
 
     @property
     def wait_s(self) -> float:
-        """Seconds before the next try: none within a round, growing between rounds."""
-        return backoff_s(self._failures // self._num_nodes) if self.all_failed else 0.0
+        """Seconds before the next try: none within a round, growing between rounds. They go on while nobody waits:
+        callers with less time than a pause would begin it anew each time, and never try."""
+        return max(0.0, self._not_before_s - time.monotonic()) if self.all_failed else 0.0
