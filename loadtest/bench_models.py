@@ -13,7 +13,7 @@ whose clock jumps.
                   one stops taking jobs, finishes what it has, and goes to disk. No sleep, no preloading
     lru + sleep   the same; it goes to sleep while host memory lasts
     placed        codeyard's placement instead of the LRU's order, and sleep
-    codeyard      and preloading
+    codeyard      and the forecast: what comes next is kept, and made ready if it is nearly certain
 
 With --real the models are six copies of the packaged starter model in the torch engine, on this machine's clock:
 everything of the trace is six times as fast, since such a model loads in about five seconds instead of 30, and
