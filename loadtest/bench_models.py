@@ -17,8 +17,8 @@ whose clock jumps.
 
 With --real the models are six copies of the packaged starter model in the torch engine, on this machine's clock:
 everything of the trace is six times as fast, since such a model loads in about five seconds instead of 30, and
-there is no tier between awake and disk, as on any machine without a GPU. A job generates 100 tokens. The rows are
-lru and codeyard, played one after the other.
+there is no tier between awake and disk, as on any machine without a GPU. The policy is told the trace's seconds. A
+job generates 100 tokens. The rows are lru and codeyard, played one after the other.
 
 The same jobs, slots and memory for all. Wanted: p99 of the queue wait at most 60 % of the LRU's, loads
 (from disk and from sleep) at most 70 %.
@@ -56,7 +56,7 @@ HABIT = 0.6  # of bursts that come after a certain other model's
 LOOK_S = 0.5
 POLICIES = ("lru", "lru + sleep", "placed", "codeyard")
 REAL_POLICIES = ("lru", "codeyard")
-REAL_FASTER, REAL_LENGTH_S, REAL_LOAD_S, REAL_TOKENS = 6.0, 1_800.0, 5.0, 100
+REAL_FASTER, REAL_LENGTH_S, REAL_TOKENS = 6.0, 1_800.0, 100
 REAL_MARGIN = 1.2  # of what one engine measures: it grows a little as it works
 
 
@@ -69,7 +69,6 @@ class Machine:
     work: Callable[[Engine], Awaitable[None]]  # one job
     sleeps: bool = True
     faster: float = 1.0
-    load_s: float = LOAD_S
     length_s: float = LENGTH_S
     size: int = SIZE  # bytes of one model, loaded
 
@@ -241,7 +240,7 @@ class Worker:
         for model in self._models.values():
             if model.waiting or model.running:
                 model.busy_s = now_s
-                self._habits.has_work(model.name, now_s)
+                self._habits.has_work(model.name, now_s * self._machine.faster)
         decision = place(
             {name: self._state(model, now_s) for name, model in self._models.items()},
             AdmissionSettings().shares,
@@ -271,16 +270,17 @@ class Worker:
     def _state(self, model: Served, now_s: float) -> ModelState:
         tier = self._cache.tier(model.name)
         waited_s = now_s - model.waiting[0] if model.waiting else 0.0
+        faster = self._machine.faster  # the policy counts in the trace's seconds
         return ModelState(
             depth={Lane.STANDARD: len(model.waiting)},
-            oldest_s={Lane.STANDARD: waited_s},
+            oldest_s={Lane.STANDARD: waited_s * faster},
             num_bytes=self._machine.size,
-            ready_s={Tier.AWAKE: 0.0, Tier.ASLEEP: WAKE_S, Tier.DISK: self._machine.load_s}[tier],
-            load_s=WAKE_S if self._machine.sleeps else self._machine.load_s,
+            ready_s={Tier.AWAKE: 0.0, Tier.ASLEEP: WAKE_S, Tier.DISK: LOAD_S}[tier],
+            load_s=WAKE_S if self._machine.sleeps else LOAD_S,
             serving=model.serving,
-            served_s=0.0 if model.lease is None else now_s - model.since_s,
+            served_s=0.0 if model.lease is None else (now_s - model.since_s) * faster,
             running={Lane.STANDARD: model.running},
-            idle_s=now_s - model.busy_s,
+            idle_s=(now_s - model.busy_s) * faster,
         )
 
     def _value(self, name: str, **labels: str) -> float:
@@ -323,9 +323,7 @@ async def real(folder: Path) -> Machine:
     await work(engine)
     size = round(REAL_MARGIN * (await engine.memory()).device_bytes)
     await engine.close()
-    return Machine(
-        spec, load, work, sleeps=False, faster=REAL_FASTER, load_s=REAL_LOAD_S, length_s=REAL_LENGTH_S, size=size
-    )
+    return Machine(spec, load, work, sleeps=False, faster=REAL_FASTER, length_s=REAL_LENGTH_S, size=size)
 
 
 async def played_on_real(policy: str, seed: int) -> Outcome:
