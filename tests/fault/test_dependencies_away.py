@@ -127,7 +127,7 @@ async def yard(folder: Path, broker_url: str, store_url: str, namespace: str, aw
             to_store.url(store_url),
             namespace,
             broker={"url": to_broker.url(broker_url), "publish_timeout_s": HASTY_S, "heartbeat_s": 2},
-            store={"timeout_s": 1.0},
+            store={"timeout_s": 1.0, "unpublished_s": 180.0},  # who waits longer than this is given up
             worker={"stall_s": 120},
             engine={"time_scale": 1.0},
             gateway={"submit_timeout_s": HASTY_S},
