@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 # Who calls which library. A module that is new here needs its exceptions in a test below.
 # Those of RabbitMQ go through rabbitmq_link's `translated`, those of Redis through redis_link's `_bounded`.
-_PARTS = ("consumer", "decoding", "link", "probe", "publishing")
+_PARTS = ("alarm", "consumer", "decoding", "link", "probe", "publishing")
 RABBITMQ = {"rabbitmq", *(f"rabbitmq_{part}" for part in _PARTS)}
 GRPC = {"calls", "client", "client_inference", "door", "link", "refusals", "server", "serving"}
 CALLERS = {
