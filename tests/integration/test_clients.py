@@ -14,6 +14,7 @@ from support.fleet import Backend, fleet_settings, worker_process, worker_task
 from support.proxy import TcpProxy
 
 from codeyard.producer import AsyncClient, AsyncJob, Client, Submission
+from codeyard.producer.submission import Submitter
 from codeyard.shared.connect import open_broker
 from codeyard.shared.errors import (
     BrokerUnavailable,
@@ -63,6 +64,26 @@ async def test_the_same_key_with_another_body_is_a_conflict_and_changes_nothing(
 
         assert conflict.value.job_id == first.id
         assert (await first.status()).state is State.QUEUED
+
+
+async def test_a_caller_in_a_hurry_publishes_what_a_dead_submitter_left_behind(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is shorter than a publish may take: who waited that long for the other would never get to it."""
+    await declared(backend)
+    async with backend.client() as dies, AsyncClient(settings=backend.settings(), timeout_s=4) as hasty:
+        with monkeypatch.context() as patched:
+            patched.setattr(Submitter, "_publish", lambda *_: _die())
+            with pytest.raises(BrokerUnavailable):
+                await dies.submit("def left():", idempotency_key="k")
+        job = await hasty.submit("def left():", idempotency_key="k")
+
+        assert job.attached
+        assert (await job.status()).state is State.QUEUED
+
+
+async def _die() -> None:
+    raise BrokerUnavailable("died between reserve and publish")
 
 
 async def test_fifty_concurrent_submits_of_one_key_make_one_job(backend: Backend) -> None:

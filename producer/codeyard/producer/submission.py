@@ -3,7 +3,7 @@
     estimate would start after its deadline -> DeadlineTooSoon
     long prompt -> written to the store, the job carries its claim (shared.claims)
     reserve  new -> publish          attached, accepted -> done: the job that is there answers
-             attached, still reserved -> wait one publish timeout for its submitter, then publish it
+             attached, still reserved -> wait for its submitter, one publish timeout at most, then publish it
              conflict -> IdempotencyConflict
     publish  confirmed -> mark queued -> accepted     full -> QueueFull     unroutable -> UnknownModel
              no answer -> again, until the deadline; then BrokerUnavailable(maybe_accepted=True)
@@ -228,8 +228,9 @@ class Submitter:
             await self._await_submitter(waiting, until_s)
 
     async def _await_submitter(self, drafts: Sequence[_Draft], until_s: float) -> None:
-        """Somebody else reserved these and is about to publish them: give it one publish timeout."""
-        grace_s = min(self._publish_timeout_s, until_s - time.monotonic())
+        """Somebody else reserved these and is about to publish them: give it one publish timeout, but keep half of
+        the caller's time. Who always has less than that would never publish a job whose submitter is gone."""
+        grace_s = min(self._publish_timeout_s, (until_s - time.monotonic()) / 2)
         ends_s = time.monotonic() + grace_s
         left, given_up = list(drafts), list[_Draft]()
         async with self._store.watch(left[0].record.id) as wakeup:
