@@ -36,7 +36,7 @@ STATUS = {"queue-full": 429, "store-unavailable": 503, "broker-unavailable": 503
 CODE = {429: grpc.StatusCode.RESOURCE_EXHAUSTED, 503: grpc.StatusCode.UNAVAILABLE}
 ALARMS = {
     "memory": (("set_vm_memory_high_watermark", "absolute", "1MB"), ("set_vm_memory_high_watermark", "0.9")),
-    "disk": (("set_disk_free_limit", "1PB"), ("set_disk_free_limit", "64MB")),
+    "disk": (("set_disk_free_limit", "1000000GB"), ("set_disk_free_limit", "64MB")),
 }
 
 

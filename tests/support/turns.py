@@ -1,8 +1,8 @@
 """In which order files of tests are handed to the processes that run them (`--dist loadfile`), and which go together.
 
-A long file that begins last runs alone, while every other process is through. So the long ones begin first, the quick
-ones of tests/unit fill up the end. Files that look at one costly fixture of the session share a process: in two it
-would be made twice. Called by: conftest.
+Unit tests first: they say soonest what broke, and before anything heavy is imported. A long file that begins last
+runs alone, while every other process is through, so of the rest the long ones begin first. Files that look at one
+costly fixture of the session share a process: in two it would be made twice. Called by: conftest.
 """
 
 from typing import Any
@@ -26,7 +26,8 @@ LONGEST = (  # about the longest first, so that one that computes runs beside on
     "tests/integration/test_openai_vllm.py",
 )
 TOGETHER = {"tests/simulation/test_coverage.py": "tests/simulation/test_schedules.py"}  # 2,000 schedules, once
-FOLDERS = ("fault", "acceptance", "integration", "contract", "simulation", "unit")  # by how long a test takes there
+FOLDERS = ("fault", "acceptance", "integration", "contract", "simulation")  # by how long a test takes there
+FIRST = "unit"
 
 
 def scope_of(nodeid: str) -> str:
@@ -37,8 +38,10 @@ def scope_of(nodeid: str) -> str:
 
 def turn_of(scope: str, num_tests: int) -> tuple[int, int, int]:
     """The least is next."""
-    place = LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
     folder = scope.split("/")[1]
+    if folder == FIRST:
+        return -1, 0, -num_tests
+    place = LONGEST.index(scope) if scope in LONGEST else len(LONGEST)
     return place, FOLDERS.index(folder) if folder in FOLDERS else 0, -num_tests
 
 

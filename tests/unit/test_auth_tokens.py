@@ -137,8 +137,8 @@ async def test_a_token_brings_no_key_of_its_own() -> None:
     "changed, said",
     [
         ({"exp": int(time.time()) - 60}, "expired"),
-        ({"nbf": int(time.time()) + 600}, "not valid yet"),
-        ({"iat": int(time.time()) + 600}, "not valid yet"),
+        ({"nbf": int(time.time()) + 86_400}, "not valid yet"),
+        ({"iat": int(time.time()) + 86_400}, "not valid yet"),
         ({"aud": "another-service"}, "another audience"),
         ({"aud": [f"{AUDIENCE}-staging", "x"]}, "another audience"),
         ({"aud": {AUDIENCE: 1}}, "another audience"),

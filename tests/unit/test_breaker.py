@@ -162,6 +162,30 @@ def breakers(clock: Clock) -> tuple[Breakers, CollectorRegistry]:
     return Breakers(SETTINGS, metrics, clock=clock), metrics.registry
 
 
+async def test_what_answers_readiness_is_probed_by_the_next_call() -> None:
+    """Somebody saw that it is back: nobody is refused for the rest of the pause. The ping alone closes nothing."""
+    server, clock = Server(), Clock()
+    all_of_them, _ = breakers(clock)
+    guarded = all_of_them.guarded_store(server)
+    server.error = StoreUnavailable("gone")
+    for _ in range(4):
+        with pytest.raises(StoreUnavailable, match="gone"):
+            await guarded.read(["a"])
+    with pytest.raises(StoreUnavailable, match="asked again"):
+        await guarded.read(["a"])
+
+    assert await guarded.ping() == "server 1"
+    with pytest.raises(StoreUnavailable, match="gone"):  # asked, and not back after all
+        await guarded.read(["a"])
+    with pytest.raises(StoreUnavailable, match="asked again"):
+        await guarded.read(["a"])
+    await guarded.ping()
+    server.error = None
+
+    assert await guarded.read(["a"]) == ["a"]
+    assert await guarded.read(["a"]) == ["a"]
+
+
 async def test_a_server_that_does_not_answer_is_not_asked_and_comes_back_by_a_probe() -> None:
     """At once, with the time of the next try; and nobody has to tell that it is back."""
     server, clock = Server(), Clock()

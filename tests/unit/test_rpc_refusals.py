@@ -108,8 +108,8 @@ async def test_each_error_has_its_status_and_is_itself_again_at_the_caller(
         async with RpcClient(service.address, timeout_s=1.0) as client:
             with pytest.raises(FleetError) as again:
                 await client.submit("x", model="tiny")
-        assert service.counted("Submit", code.name) >= 2
 
+    assert service.counted("Submit", code.name) >= 2  # counted when it is over, which the caller knows sooner
     kind = kind_of(error)
     assert status_and_kind(raw.value) == (code, kind)
     assert raw.value.details() == (error.reason if isinstance(error, InvalidJob) else str(error))

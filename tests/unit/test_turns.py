@@ -15,7 +15,7 @@ def test_every_file_that_the_order_names_is_there() -> None:
         assert any((ROOT / "tests" / folder).glob("test_*.py")), folder
 
 
-def test_long_files_begin_first_and_quick_ones_end() -> None:
+def test_unit_tests_come_first_and_of_the_rest_the_long_files() -> None:
     """Of the same sort the file with more tests comes first."""
     unit, contract, more, fault = (
         f"tests/{name}.py" for name in ("unit/test_a", "contract/test_b", "contract/test_c", "fault/test_d")
@@ -24,7 +24,7 @@ def test_long_files_begin_first_and_quick_ones_end() -> None:
 
     taken = sorted(scopes, key=lambda scope: turn_of(scope, scopes[scope]))
 
-    assert taken == [LONGEST[1], fault, more, contract, unit]
+    assert taken == [unit, LONGEST[1], fault, more, contract]
 
 
 def test_files_that_share_a_costly_fixture_share_a_process() -> None:

@@ -1,7 +1,7 @@
 """When to stop asking what does not answer, and when to try again: a circuit breaker, pure.
 
     closed     everything is let through; outcomes of the last `window_s` are counted
-    open       nothing is let through for `open_s`
+    open       nothing is let through for `open_s`, or until it answered somebody else's question
     half-open  one probe is let through; its outcome closes the breaker or opens it again. A probe that is
                not heard of for `probe_s` is followed by another
 
@@ -69,6 +69,11 @@ class Breaker:
                 self._close()
             else:
                 self._open(now_s)
+
+    def answered(self, now_s: float) -> None:
+        """Asked aside from all this, it answered: the next attempt may be the probe, without waiting any longer."""
+        if self._position is Position.OPEN:
+            self._until_s = min(self._until_s, now_s)
 
     def unused(self, ticket: Ticket, now_s: float) -> None:
         """What was admitted told nothing, either way: another probe may go at once."""

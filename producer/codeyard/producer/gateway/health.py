@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 P = TypeVar("P")
 
 NO_MODEL = ""  # the label of a server's breaker
-UNGUARDED = frozenset({"ping", "close"})  # readiness asks the server itself
+PING = "ping"  # readiness asks the server itself, and whoever waits for the server learns of its answer
+UNGUARDED = frozenset({"close"})
 
 
 class Breakers:
@@ -87,6 +88,9 @@ class Switch:
         self._breaker.record(good, self._clock(), ticket)
         self._tell()
 
+    def answered(self) -> None:
+        self._breaker.answered(self._clock())
+
     def unused(self, ticket: Ticket) -> None:
         self._breaker.unused(ticket, self._clock())
 
@@ -115,7 +119,15 @@ class _Guarded:
         found = getattr(self._port, name)
         if name in UNGUARDED or not inspect.iscoroutinefunction(found):
             return found
-        self._calls[name] = call = self._behind(found)
+        self._calls[name] = call = self._beside(found) if name == PING else self._behind(found)
+        return call
+
+    def _beside(self, ping: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(*args: Any, **more: Any) -> Any:
+            answer = await ping(*args, **more)
+            self._switch.answered()
+            return answer
+
         return call
 
     def _behind(self, method: Callable[..., Any]) -> Callable[..., Any]:
