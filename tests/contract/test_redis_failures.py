@@ -155,11 +155,12 @@ async def test_a_commit_its_replicas_missed_is_not_acked_when_it_is_repeated_eit
     ):
         await joined(primary)
         (claimed,) = await run_jobs(patient, job := make_job())
-        replica.pause()
+        await replica.kill()
         for _ in range(2):
             with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
                 await hasty.commit([commit_of(job, claimed)])
-        replica.resume()
+        await replica.start()
+        await joined(primary)
         (committed,) = await patient.commit([commit_of(job, claimed)])
     assert committed.verdict is CommitVerdict.COMMITTED
 
