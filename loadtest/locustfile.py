@@ -46,7 +46,7 @@ def _stay_on_this_machine(environment: Any, **_: Any) -> None:
 
 
 events.init_command_line_parser.add_listener(_options)  # type: ignore[no-untyped-call]  # Locust types this not
-events.test_start.add_listener(_stay_on_this_machine)  # type: ignore[no-untyped-call]
+events.test_start.add_listener(_stay_on_this_machine)  # type: ignore[no-untyped-call]  # as above
 
 
 class JobUser(HttpUser):

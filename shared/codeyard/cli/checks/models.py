@@ -44,7 +44,7 @@ async def check_models(place: Place) -> list[Finding]:
     return [
         finding
         for one in arguments(settings)
-        for finding in await aside(lambda: model_findings(one, settings))  # noqa: B023
+        for finding in await aside(lambda: model_findings(one, settings))  # noqa: B023 - awaited here
     ]
 
 
